@@ -1,0 +1,94 @@
+"""Dequantizing agrees with gguf-py, bit for bit, through libgguf and through numpy."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from llm_os.drivers.formats import quants
+from llm_os.kernel.errors import Unsupported
+
+QUANTIZED = [name for name, kind in quants.KINDS.items() if kind.block_values > 1]
+EXTREME_HALVES = (0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00)  # 0, tiny, huge, inf, nan
+
+
+def random_rows(kind: str, rows: int, blocks: int) -> np.ndarray:
+    """Random bytes, where every fourth row has an extreme float16 wherever the type keeps its scales."""
+    rng = np.random.default_rng(sum(map(ord, kind)))
+    size = quants.KINDS[kind].block_bytes
+    data = rng.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
+    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind, (0, 2)):
+        extreme = rng.choice(np.array(EXTREME_HALVES, dtype="<u2"), (rows, blocks, 1)).view(np.uint8)
+        data[::4, :, at : at + 2] = extreme[::4]
+    return data.reshape(rows, blocks * size)
+
+
+def same_bits(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Equal as bit patterns; a NaN equals any NaN, since its payload is the compiler's choice."""
+    nan = np.isnan(expected)
+    if not np.array_equal(np.isnan(found), nan):
+        return False
+    return np.array_equal(found.view(np.uint32)[~nan], expected.view(np.uint32)[~nan])
+
+
+@pytest.fixture(params=["libgguf", "numpy"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "numpy":
+        monkeypatch.setattr(quants, "libgguf", None)
+    else:
+        pytest.importorskip("libgguf")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("kind", list(quants.KINDS))
+def test_values_are_those_of_gguf_py(backend: str, kind: str) -> None:
+    data = random_rows(kind, 37, 3) if kind in QUANTIZED else random_rows("Q8_0", 64, 8)
+    columns = data.shape[1] // quants.KINDS[kind].block_bytes * quants.KINDS[kind].block_values
+    found = quants.dequantize(data, kind, columns)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+    assert found.shape == (data.shape[0], columns)
+    assert found.dtype == np.float32
+    assert same_bits(found, np.ascontiguousarray(expected))
+
+
+def test_the_numpy_fallback_is_the_same_across_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random_rows("Q4_K", 10, 2)
+    whole = quants.dequantize_blocks(data, "Q4_K", 512)
+    monkeypatch.setattr(quants, "_CHUNK_VALUES", 3 * 512)
+    assert same_bits(quants.dequantize_blocks(data, "Q4_K", 512), whole)
+
+
+def test_rows_may_be_a_strided_read_only_view(backend: str) -> None:
+    data = random_rows("Q5_1", 8, 2)
+    data.flags.writeable = False
+    assert same_bits(quants.dequantize(data[::2], "Q5_1", 64), quants.dequantize(data, "Q5_1", 64)[::2])
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_1"])
+def test_the_result_is_fresh_and_writable(backend: str, kind: str) -> None:
+    data = np.zeros((2, quants.KINDS[kind].row_bytes(64)), np.uint8)
+    values = quants.dequantize(data, kind, 64)
+    values += 1
+    assert not data.any()
+
+
+def test_no_rows_give_no_values(backend: str) -> None:
+    assert quants.dequantize(np.zeros((0, 18), np.uint8), "Q4_0", 32).shape == (0, 32)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_block_sizes_are_those_of_gguf_py(kind: str) -> None:
+    found = quants.KINDS[kind]
+    assert (found.block_values, found.block_bytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(found.number)]
+
+
+def test_rows_of_the_wrong_length_are_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match="does not hold rows of 64 values"):
+        quants.dequantize(np.zeros((2, 18), np.uint8), "Q4_0", 64)
+
+
+def test_an_unknown_kind_is_named() -> None:
+    with pytest.raises(Unsupported, match="IQ2_XS"):
+        quants.dequantize(np.zeros((1, 1), np.uint8), "IQ2_XS", 1)
