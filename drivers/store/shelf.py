@@ -2,7 +2,7 @@
 
     content/<sha256>/<file>...        the bytes, shared by all models with that hash; complete and synced, or not there
     manifests/<key of model>.json     what the model is called, where it came from, which files it has
-    partial/<key of model>/           a pull under way; partial/<key>.lock is held by the process that owns it
+    partial/<key of model>.<random>/  a pull under way; partial/<key>.lock is held by the process that owns it
     partial/store.lock                held while content and manifests change
 
 A pull that dies leaves only things under partial/ or content that no manifest names; `sweep` removes both. Nothing here
@@ -11,8 +11,10 @@ follows a link out of the store. Does not know the network, aliases, or what is 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -87,7 +89,7 @@ class Shelf:
     def put(
         self, model: str, source: str, directory: bool, files: tuple[StoredFile, ...], staged: Path, work: Path
     ) -> StoredModel:
-        """Make the synced files in `staged` the content of `model`; `work`, on the same disk, takes what they replace."""
+        """Make the synced files in `staged` the content of `model`; `work` on the same disk takes what they replace."""
         sha256 = digest(directory, files)
         with self._changing():
             for path in self._manifest_paths():
@@ -124,23 +126,30 @@ class Shelf:
         return self.partial / f"{names.key(model)}.lock"
 
     def work_path(self, model: str) -> Path:
-        return self.partial / names.key(model)
+        """A new place for a pull of `model`. Each has its own: a dead one's pip may still be writing to the last."""
+        return self.partial / f"{names.key(model)}.{secrets.token_hex(4)}"
 
-    def sweep(self) -> None:
-        """Remove what dead pulls left behind. What a living process holds the lock of is left alone."""
-        for path in tuple(self.partial.iterdir()):
-            if path.name == "store.lock":
-                continue
-            lock_path = path if path.suffix == ".lock" else path.with_name(path.name + ".lock")
+    def sweep(self, model: str) -> None:
+        """Remove what dead pulls left behind. The caller holds the lock of `model`; what belongs to the lock of another
+        living process is left alone."""
+        own = names.key(model)
+        for key in {path.name.partition(".")[0] for path in self.partial.iterdir()} - {own, "store"}:
+            lock_path = self.partial / f"{key}.lock"
             descriptor = lock.try_acquire(lock_path)
-            if descriptor is None:
-                continue
-            try:
-                discard(lock_path.with_suffix(""))
-            finally:
-                lock.release(lock_path, descriptor)
+            if descriptor is not None:
+                try:
+                    self._discard_work(key)
+                finally:
+                    lock.release(lock_path, descriptor)
+        self._discard_work(own)
         with self._changing():
             self._drop_unreferenced()
+
+    def _discard_work(self, key: str) -> None:
+        for path in self.partial.glob(f"{glob.escape(key)}.*"):
+            if path.suffix != ".lock":
+                with suppress(OSError):  # somebody still writes there: the next pull's turn
+                    discard(path)
 
     def _changing(self) -> AbstractContextManager[None]:
         return lock.held(self.partial / "store.lock")
@@ -180,6 +189,7 @@ class Shelf:
         named = {names.file_name(file.name).casefold() for file in manifest.files}
         if (
             names.key(manifest.model) != path.stem
+            or not (manifest.model + manifest.source).isprintable()
             or not named
             or len(named) != len(manifest.files)
             or (len(named) > 1 and not manifest.directory)

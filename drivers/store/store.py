@@ -29,7 +29,7 @@ class Store:
     """
 
     def __init__(
-        self, path: Path | None = None, *, connect_timeout_s: float = 1.5, read_timeout_s: float = 20.0
+        self, path: Path | None = None, *, connect_timeout_s: float = 1.5, read_timeout_s: float = 10.0
     ) -> None:
         self.path = Path(path) if path is not None else _home("data") / "models"
         self._user_aliases = _home("config") / "aliases.json"
@@ -54,11 +54,11 @@ class Store:
         pull = Transfer(model, progress, cancelled)
         if (stored := self._find(model, sources)) is not None:
             return stored.path
-        with _as_store_error(self.path):
+        with _as_store_error(self.path, pull):
             self._shelf.create()
             pull.report("resolving")
             with lock.held(self._shelf.lock_path(model), lambda: _wait(pull)):
-                self._shelf.sweep()
+                self._shelf.sweep(model)
                 if (stored := self._find(model, sources)) is not None:
                     return stored.path
                 return self._pull(model, sources, pull).path
@@ -119,12 +119,12 @@ class Store:
 
     def _pull(self, model: str, sources: tuple[AliasSource, ...], pull: Transfer) -> StoredModel:
         work = self._shelf.work_path(model)
+        staged = work / "content"
         failures: list[str] = []
         try:
             for source in sources:
                 pull.source = source.source
                 discard(work)
-                staged = work / "content"
                 staged.mkdir(parents=True)
                 try:
                     directory, files = self._fetch(source, work, staged, pull)
@@ -168,11 +168,13 @@ def _wait(pull: Transfer) -> None:
 
 
 @contextmanager
-def _as_store_error(root: Path) -> Iterator[None]:
+def _as_store_error(root: Path, pull: Transfer | None = None) -> Iterator[None]:
     """Tell a failing disk in one line."""
     try:
         yield
     except OSError as error:
+        if pull is not None and error is pull.caller_error:
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"the disk of {root} is full; free some space or set LLM_OS_HOME to another disk") from error
         raise StoreError(

@@ -53,12 +53,17 @@ class Transfer:
         self.source = model
         self._progress = progress
         self._cancelled = cancelled
+        self.caller_error: OSError | None = None  # raised by the caller's progress, so not the store's trouble
 
     def report(self, phase: Phase, done: int = 0, total: int | None = None, note: str = "") -> None:
         """Tell the progress. Raises StoreError if the pull was cancelled."""
         self.check_cancelled()
         if self._progress is not None:
-            self._progress(Progress(phase, done, total, self.source, note))
+            try:
+                self._progress(Progress(phase, done, total, self.source, note))
+            except OSError as error:
+                self.caller_error = error
+                raise
 
     def check_cancelled(self) -> None:
         if self._cancelled is not None and self._cancelled():

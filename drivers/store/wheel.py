@@ -89,9 +89,12 @@ def _download(wheel: names.Wheel, work: Path, pull: Transfer, total: int | None)
     place = {name: str(temporary) for name in ("TMPDIR", "TEMP", "TMP")}
     environment = os.environ | place | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     pull.report("resolving")
-    process = subprocess.Popen(  # noqa: S603  # an argument list; dist and version were matched in names.py
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
-    )
+    try:
+        process = subprocess.Popen(  # noqa: S603  # an argument list; dist and version were matched in names.py
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
+    except OSError as error:
+        raise StoreError(f"{pull.source}: {sys.executable} cannot be run: {error.strerror}") from error
     output = _Output(process.stdout)
     try:
         while _running(process):
