@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, StructMeta
 
 from llm_os.kernel.errors import ConfigError
 
 
-class _StrictMeta(type(Struct)):  # type: ignore[misc]  # msgspec's metaclass has no public name
+class _StrictMeta(StructMeta):
     def __call__(cls, *args: Any, **fields: Any) -> Any:
         for name in fields.keys() - set(cls.__struct_fields__):
             near = difflib.get_close_matches(name, cls.__struct_fields__, n=1, cutoff=0.5)
@@ -19,5 +19,5 @@ class _StrictMeta(type(Struct)):  # type: ignore[misc]  # msgspec's metaclass ha
         return super().__call__(*args, **fields)
 
 
-class Strict(Struct, metaclass=_StrictMeta):
+class Strict(Struct, frozen=True, metaclass=_StrictMeta):
     """Base for what people fill in by hand."""

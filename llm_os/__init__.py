@@ -1,0 +1,86 @@
+"""llm-os: an operating-system kernel for language models. This is the front door; see docs/life-of-a-request.md.
+
+Names are imported on first use, so that `import llm_os` costs nothing that is not needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_os.api import generate as generate
+    from llm_os.api import plugins as plugins
+    from llm_os.api import probe as probe
+    from llm_os.drivers.store import Progress as Progress
+    from llm_os.drivers.store import Store as Store
+    from llm_os.drivers.store import StoredModel as StoredModel
+    from llm_os.kernel.config import Config as Config
+    from llm_os.kernel.driver import DeviceInfo as DeviceInfo
+    from llm_os.kernel.errors import Closed as Closed
+    from llm_os.kernel.errors import ConfigError as ConfigError
+    from llm_os.kernel.errors import DriverError as DriverError
+    from llm_os.kernel.errors import Error as Error
+    from llm_os.kernel.errors import FormatError as FormatError
+    from llm_os.kernel.errors import ModelError as ModelError
+    from llm_os.kernel.errors import ModelNotFound as ModelNotFound
+    from llm_os.kernel.errors import Refused as Refused
+    from llm_os.kernel.errors import RequestError as RequestError
+    from llm_os.kernel.errors import StoreError as StoreError
+    from llm_os.kernel.errors import Unsupported as Unsupported
+    from llm_os.kernel.hookspecs import hookimpl as hookimpl
+    from llm_os.kernel.kernel import Kernel as Kernel
+    from llm_os.kernel.memory import MemoryInfo as MemoryInfo
+    from llm_os.kernel.process import ProcessInfo as ProcessInfo
+    from llm_os.kernel.request import Chunk as Chunk
+    from llm_os.kernel.request import Completion as Completion
+    from llm_os.kernel.request import Request as Request
+    from llm_os.kernel.request import Sampling as Sampling
+    from llm_os.kernel.request import Timings as Timings
+    from llm_os.kernel.request import TokenLogprob as TokenLogprob
+    from llm_os.kernel.request import Usage as Usage
+    from llm_os.kernel.residency import ModelInfo as ModelInfo
+    from llm_os.kernel.stream import Stream as Stream
+
+_HOMES = {
+    "api": ("generate", "plugins", "probe"),
+    "drivers.store": ("Progress", "Store", "StoredModel"),
+    "kernel.config": ("Config",),
+    "kernel.driver": ("DeviceInfo",),
+    "kernel.errors": (
+        "Closed",
+        "ConfigError",
+        "DriverError",
+        "Error",
+        "FormatError",
+        "ModelError",
+        "ModelNotFound",
+        "Refused",
+        "RequestError",
+        "StoreError",
+        "Unsupported",
+    ),
+    "kernel.hookspecs": ("hookimpl",),
+    "kernel.kernel": ("Kernel",),
+    "kernel.memory": ("MemoryInfo",),
+    "kernel.process": ("ProcessInfo",),
+    "kernel.request": ("Chunk", "Completion", "Request", "Sampling", "Timings", "TokenLogprob", "Usage"),
+    "kernel.residency": ("ModelInfo",),
+    "kernel.stream": ("Stream",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'llm_os' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"llm_os.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME_OF]

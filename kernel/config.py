@@ -1,0 +1,57 @@
+"""Every option of a kernel, in one struct. No files, no environment variables: who calls decides."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from llm_os.kernel.errors import ConfigError
+from llm_os.kernel.strict import Strict
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Config(Strict, frozen=True, kw_only=True):
+    """How a kernel is built. Raises ConfigError for an unknown field or a value out of range."""
+
+    driver: str = "auto"  # a registered driver; "auto" is cuda where there is a GPU, else cpu
+    precision: Literal["fast", "exact"] = "fast"  # exact: float32, the same bits whatever the company
+    memory: int | str | None = None  # the budget, "2GiB" or bytes; None is 80% of what is free at boot
+    frame_size: int | str = "2MiB"  # the unit of the ledger
+    page_tokens: int | None = None  # tokens per KV page; None fits pages to frames
+    batch_tokens: int = 512  # the most tokens of one forward pass; longer prompts go in chunks
+    batch_size: int = 64  # the most processes of one forward pass
+    queue_limit: int = 1024  # the most live processes; more are refused at once
+    threads: int | None = None  # compute threads of the cpu driver; None leaves torch's choice
+    store: Path | None = None  # where pulled models live; None is the user's store
+    plugins: tuple[str, ...] = ()  # third-party plugins to enable, by entry-point name
+
+    def __post_init__(self) -> None:
+        for field in ("batch_tokens", "batch_size", "queue_limit", "page_tokens", "threads"):
+            value = getattr(self, field)
+            if value is not None and not (isinstance(value, int) and 1 <= value <= 2**24):
+                raise ConfigError(f"{field} is {value!r}; it must be a whole number from 1 to {2**24}")
+        if self.precision not in ("fast", "exact"):
+            raise ConfigError(f"precision is {self.precision!r}; it must be 'fast' or 'exact'")
+        if self.frame_bytes < 4096:
+            raise ConfigError(f"frame_size is {self.frame_size!r}; it must be at least 4096 bytes")
+        if self.memory is not None and parse_bytes("memory", self.memory) < self.frame_bytes:
+            raise ConfigError(f"memory is {self.memory!r}; it must hold at least one frame of {self.frame_bytes} bytes")
+
+    @property
+    def frame_bytes(self) -> int:
+        return parse_bytes("frame_size", self.frame_size)
+
+    def budget(self, free_bytes: int) -> int:
+        """Bytes that the kernel may use of a device that has `free_bytes` free."""
+        return free_bytes * 8 // 10 if self.memory is None else parse_bytes("memory", self.memory)
+
+
+def parse_bytes(field: str, value: int | str) -> int:
+    """ "2GiB", "500 MB", "1.5g" or a number of bytes. K, M, G, T alone are binary. Raises ConfigError."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,6})?)\s*([a-z]*)", str(value).strip(), re.IGNORECASE)
+    if not match or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{field} is {value!r}; write bytes or a size such as 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,0 +1,289 @@
+"""The core in its surroundings: one thread that decides, acts and waits, and the calls that reach it from outside.
+
+    any thread ──events──> inbox ──> core.step ──actions──> perform ──> driver, host workers, mailboxes
+                             ^                                              │
+                             └───────────── completions ────────────────────┘
+
+The kernel has a thread of its own (docs/decisions/0001), so it neither needs nor disturbs its host's event loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from llm_os.kernel import events as ev
+from llm_os.kernel.config import Config
+from llm_os.kernel.core import Core
+from llm_os.kernel.driver import Driver
+from llm_os.kernel.errors import Closed, DriverError, RequestError
+from llm_os.kernel.memory import MemoryInfo
+from llm_os.kernel.plugins import Plugins
+from llm_os.kernel.process import ProcessInfo
+from llm_os.kernel.request import Completion, Request
+from llm_os.kernel.residency import ModelInfo
+from llm_os.kernel.stream import Mailbox, Stream, thread_safe
+
+T = TypeVar("T")
+
+
+class _Loop:
+    """What the kernel's thread owns. It does not know the Kernel, so a forgotten Kernel can be collected."""
+
+    def __init__(self, core: Core, driver: Driver, plugins: Plugins) -> None:
+        self.core = core
+        self.driver = driver
+        self.plugins = plugins
+        self.turn = threading.Lock()  # held while the core steps: snapshots see it between two turns
+        self.inbox: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
+        self.mailboxes: dict[int, Mailbox] = {}
+        self.tickets: dict[int, Future[None]] = {}
+        self.host = ThreadPoolExecutor(2, thread_name_prefix="llm-os-host")
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        events: list[ev.Event] = []
+        try:
+            while not self.core.halted:
+                with self.turn:
+                    actions = self.core.step(time.monotonic(), events)
+                self.perform(actions)
+                events = [] if self.core.halted else self.receive_all()
+        except BaseException as error:  # a bug in the kernel: nobody may wait for ever
+            self.failure = error
+            raise
+        finally:
+            self.abandon()
+            self.host.shutdown()
+            self.driver.close()
+
+    def receive_all(self) -> list[ev.Event]:
+        events = [self.inbox.get()]
+        while not self.inbox.empty():
+            events.append(self.inbox.get())
+        return events
+
+    def perform(self, actions: list[ev.Action]) -> None:
+        for action in actions:
+            match action:
+                case ev.Deliver(pid):
+                    if mailbox := self.mailboxes.get(pid):
+                        mailbox.put(action)
+                    if action.completion is not None or action.error is not None:
+                        self.mailboxes.pop(pid, None)
+                case ev.Reply(ticket, error):
+                    _settle(self.tickets.pop(ticket), error)
+                case ev.Close(image):
+                    self.host.submit(image.close)
+                case _:
+                    self.operate(action)
+
+    def operate(self, operation: ev.Operation) -> None:
+        future: Future[Any]
+        try:
+            match operation:
+                case ev.Open(_, model):
+                    future = self.host.submit(self.open, model)
+                case ev.Encode():
+                    future = self.host.submit(_encode, operation)
+                case ev.Load(_, model, image, placement):
+                    future = self.driver.load(model, image, placement)
+                case ev.Unload(_, model):
+                    future = self.driver.unload(model)
+                case ev.Run(_, batch):
+                    future = self.driver.run(batch)
+                case ev.Copy(_, model, moves):
+                    future = self.driver.copy(model, moves)
+        except Exception as error:  # a driver that raises instead of failing its future
+            future = Future()
+            future.set_exception(error)
+        future.add_done_callback(partial(self.complete, operation.id))
+
+    def complete(self, operation: int, future: Future[Any]) -> None:
+        error = DriverError("the operation was cancelled") if future.cancelled() else future.exception()
+        self.inbox.put(ev.Completed(operation, None if error else future.result(), error))
+
+    def open(self, model: str) -> ev.Opened:
+        image = self.plugins.open_image(model)
+        try:
+            return ev.Opened(image, self.driver.footprint(image, self.core.config.batch_tokens))
+        except BaseException:
+            image.close()
+            raise
+
+    def abandon(self) -> None:
+        """After the last step: whoever still waits is told that the kernel has closed."""
+        closed = Closed("the kernel is closed" if self.failure is None else f"the kernel failed: {self.failure!r}")
+        for pid in list(self.mailboxes):
+            self.mailboxes.pop(pid).put(ev.Deliver(pid, error=closed))
+        for ticket in list(self.tickets):
+            _settle(self.tickets.pop(ticket), closed)
+
+
+class Kernel:
+    """One device and its models. Use as `with` or `async with`, from any thread, under asyncio, trio or neither.
+
+    Booting raises ConfigError or DriverError. Every call below may be made from any thread; `close` gives back every
+    byte, thread and file, and whoever still waits gets Closed.
+    """
+
+    def __init__(self, config: Config | None = None) -> None:
+        config = config or Config()
+        plugins = Plugins(config)
+        driver = plugins.open_driver()
+        self._loop = _Loop(Core(config, config.budget(driver.info().free_bytes)), driver, plugins)
+        self._ids = itertools.count(1)
+        self._gate = threading.Lock()
+        self._thread = threading.Thread(target=self._loop.run, name="llm-os-kernel", daemon=True)
+        self._halt = weakref.finalize(self, _halt, self._loop, self._thread)
+        self._thread.start()
+
+    # -- processes ---------------------------------------------------------------------------------------------------
+
+    def stream(self, request: Request) -> Stream:
+        """Start a process and return its stream; the model is loaded if it is not there. Returns at once."""
+        return self._spawn(lambda pid: ev.Submit(pid, request, int.from_bytes(os.urandom(8), "little")))
+
+    def fork(self, pid: int) -> Stream:
+        """A second answer that continues from where process `pid` is now, sharing its pages, with a new seed."""
+        return self._spawn(lambda child: ev.Fork(child, pid, int.from_bytes(os.urandom(8), "little")))
+
+    async def generate(self, request: Request) -> Completion:
+        """The whole answer. Raises RequestError, ModelError or DriverError. Cancelling the call ends the process."""
+        return await self.stream(request).collect()
+
+    async def kill(self, pid: int) -> None:
+        """End a process; its stream gets a last chunk with finish_reason "cancelled". No error if it has ended."""
+        await _wait(self._ask(lambda ticket: ev.Kill(pid, ticket)))
+
+    def nice(self, pid: int, nice: int) -> None:
+        """Change the class of a process: -20 is served first, 19 last. Blocks for one turn. Raises RequestError."""
+        if not -20 <= nice <= 19:
+            raise RequestError(f"nice is {nice}; it must be from -20 to 19")
+        self._ask(lambda ticket: ev.Renice(ticket, pid, nice)).result()
+
+    # -- models ------------------------------------------------------------------------------------------------------
+
+    async def load(self, model: str) -> None:
+        """Bring a model to the device. Raises ModelError, Refused (with the bytes needed and free) or DriverError."""
+        await _wait(self._ask(lambda ticket: ev.LoadModel(ticket, model)))
+
+    async def unload(self, model: str) -> None:
+        """Give back a model's memory. Raises ModelNotFound, or Refused while processes use it."""
+        await _wait(self._ask(lambda ticket: ev.UnloadModel(ticket, model)))
+
+    # -- snapshots ---------------------------------------------------------------------------------------------------
+
+    def ps(self) -> list[ProcessInfo]:
+        """Live processes, in order of arrival."""
+        with self._loop.turn:
+            return self._loop.core.ps(time.monotonic())
+
+    def memory(self) -> MemoryInfo:
+        """The ledger, in bytes."""
+        with self._loop.turn:
+            return self._loop.core.memory_info()
+
+    def models(self) -> list[ModelInfo]:
+        """Models that are open, on their way, or on the device."""
+        with self._loop.turn:
+            return self._loop.core.list_models()
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End every process, unload every model, join every thread. Idempotent; blocks until it is done."""
+        with self._gate:
+            self._halt()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if kind is GeneratorExit:  # the loop has gone and took the coroutine with it: nothing can be awaited
+            self.close()
+            return
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self.close)
+
+    def _spawn(self, submit: Callable[[int], ev.Event]) -> Stream:
+        mailbox = Mailbox()
+        with self._gate:
+            pid = next(self._ids)
+            if self._halt.alive:
+                self._loop.mailboxes[pid] = mailbox
+                self._loop.inbox.put(submit(pid))
+            else:
+                mailbox.put(ev.Deliver(pid, error=Closed("the kernel is closed")))
+        return Stream(pid, mailbox, partial(_forget, self._loop, pid))
+
+    def _ask(self, question: Callable[[int], ev.Event]) -> Future[None]:
+        future: Future[None] = Future()
+        with self._gate:
+            ticket = next(self._ids)
+            if self._halt.alive:
+                self._loop.tickets[ticket] = future
+                self._loop.inbox.put(question(ticket))
+            else:
+                future.set_exception(Closed("the kernel is closed"))
+        return future
+
+
+def _halt(loop: _Loop, thread: threading.Thread) -> None:
+    """Runs once: by close(), at exit, or when a forgotten Kernel is collected, which may happen in any thread, even one
+    that the kernel's thread is waiting for: only close() and the main thread may wait."""
+    loop.inbox.put(ev.Halt())
+    if threading.current_thread() is threading.main_thread():
+        thread.join()
+
+
+def _forget(loop: _Loop, pid: int) -> None:
+    """The reader has gone: deliver no more, and end the process."""
+    loop.mailboxes.pop(pid, None)
+    loop.inbox.put(ev.Kill(pid))
+
+
+def _encode(operation: ev.Encode) -> list[int]:
+    request, image = operation.request, operation.image
+    if request.messages is not None:
+        return image.encode(image.render_chat(request.messages), raw=False)
+    if isinstance(request.prompt, str):
+        return image.encode(request.prompt, raw=True)
+    return list(request.prompt or ())
+
+
+def _settle(future: Future[None], error: BaseException | None) -> None:
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+async def _wait(future: Future[T]) -> T:
+    """Await a future of another thread without blocking a worker thread for it."""
+    done = anyio.Event()
+    wake = thread_safe(done.set)
+    future.add_done_callback(lambda _: wake())
+    await done.wait()
+    return future.result()

@@ -1,0 +1,66 @@
+"""Finds plugins and keeps what they registered, for one kernel. There is no global registry."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+
+import pluggy
+
+from llm_os.kernel import hookspecs
+from llm_os.kernel.config import Config
+from llm_os.kernel.driver import DeviceInfo, Driver, DriverFactory, DriverProbe
+from llm_os.kernel.errors import ConfigError, ModelNotFound
+from llm_os.kernel.image import Image
+
+BUILT_IN = ("llm_os.drivers.formats.plugin", "llm_os.drivers.plugin")
+
+
+class Plugins:
+    """The plugins of one kernel. Raises ConfigError for a name in `config.plugins` that is not installed."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._manager = pluggy.PluginManager("llm_os")
+        self._manager.add_hookspecs(hookspecs)
+        for name in BUILT_IN:
+            self._manager.register(importlib.import_module(name), name)
+        installed = {point.name: point for point in entry_points(group="llm_os")}
+        for name in config.plugins:
+            if name not in installed:
+                there = ", ".join(sorted(installed)) or "none"
+                raise ConfigError(f"plugin {name!r} is not installed; installed third-party plugins: {there}")
+            self._manager.register(installed[name].load(), name)
+        self._drivers: dict[str, tuple[DriverFactory, DriverProbe]] = {}
+        self._manager.hook.register_drivers(register=self._register_driver)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self._manager.list_name_plugin()]
+
+    def probe(self) -> list[DeviceInfo]:
+        """Every registered driver's view of this machine."""
+        return [probe() for _, probe in self._drivers.values()]
+
+    def open_driver(self) -> Driver:
+        """The driver that the configuration names. Raises ConfigError or DriverError."""
+        name = self._config.driver
+        if name == "auto":
+            available = {info.driver for info in self.probe() if info.unavailable is None}
+            name = "cuda" if "cuda" in available else "cpu"
+        if name not in self._drivers:
+            raise ConfigError(f"driver is {name!r}; registered are: auto, {', '.join(sorted(self._drivers))}")
+        factory, _ = self._drivers[name]
+        return factory(self._config)
+
+    def open_image(self, model: str) -> Image:
+        """Raises ModelNotFound when no plugin knows the name, and what the plugin raises otherwise."""
+        image: Image | None = self._manager.hook.open_image(model=model, config=self._config)
+        if image is None:
+            raise ModelNotFound(f"no plugin knows a model named {model!r}; `llm-os models` lists what is here")
+        return image
+
+    def _register_driver(self, name: str, factory: DriverFactory, probe: DriverProbe) -> None:
+        if name in self._drivers or name == "auto":
+            raise ConfigError(f"two plugins register a driver named {name!r}; disable one of them")
+        self._drivers[name] = (factory, probe)

@@ -1,0 +1,96 @@
+"""Which models are where: on disk, on the way, on the device. Sizes and states only, no files, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from msgspec import Struct
+
+from llm_os.kernel.driver import Footprint, Placement
+from llm_os.kernel.errors import Refused, Unsupported
+from llm_os.kernel.image import Image
+from llm_os.kernel.memory import Memory, Slab, fit_page_tokens
+
+
+class Where(StrEnum):
+    """OPENING -> ON_DISK -> LOADING -> ON_DEVICE -> EVICTING, and then the model is gone from the table."""
+
+    OPENING = "opening"
+    ON_DISK = "on disk"
+    LOADING = "loading"
+    ON_DEVICE = "on device"
+    EVICTING = "evicting"
+
+
+class ModelInfo(Struct, frozen=True, kw_only=True):
+    """One open model, as `kernel.models()` lists it. Bytes are what the ledger charges."""
+
+    name: str
+    architecture: str
+    where: str
+    weights: int
+    workspace: int
+    kv_bytes_per_token: int
+    page_tokens: int
+    pages: int
+    context_length: int
+
+
+@dataclass(eq=False)
+class Model:
+    """Mutable state of one open model, owned by the core."""
+
+    name: str
+    where: Where = Where.OPENING
+    image: Image | None = None
+    footprint: Footprint | None = None
+    placement: Placement | None = None
+    slab: Slab | None = None
+    wanted: bool = False  # somebody waits for the weights
+    load_tickets: list[int] = field(default_factory=list)
+    unload_tickets: list[int] = field(default_factory=list)
+    last_run: int = 0  # the operation that ran it last, for taking turns
+
+    def place(self, memory: Memory, page_tokens: int | None) -> Placement:
+        """Claim memory for weights and workspace and cut pages. Raises Refused or Unsupported, claiming nothing."""
+        assert self.footprint is not None
+        cost = self.footprint
+        choices = cost.page_tokens if page_tokens is None else (page_tokens,)
+        tokens = fit_page_tokens(choices, cost.kv_bytes_per_token, memory.frame_size)
+        if tokens is None or (page_tokens is not None and page_tokens not in cost.page_tokens):
+            raise Unsupported(
+                f"{self.name} keeps {cost.kv_bytes_per_token} bytes of KV per token: no page of "
+                f"{page_tokens or min(cost.page_tokens)} tokens fits a frame of {memory.frame_size} bytes here; "
+                "raise frame_size or change page_tokens"
+            )
+        page_bytes = tokens * cost.kv_bytes_per_token
+        extents = memory.claim_extents(self.name, (*cost.extents, cost.workspace))
+        if not memory.free_frames and not memory.slabs:
+            memory.release_extents(self.name)
+            raise Refused(
+                f"{self.name} leaves no memory for KV; raise memory above {memory.frames * memory.frame_size}"
+            )
+        self.slab = memory.open_slab(self.name, tokens, page_bytes)
+        self.placement = Placement(extents=extents, page_tokens=tokens, pages=memory.frames * self.slab.slots)
+        return self.placement
+
+    def displace(self, memory: Memory) -> None:
+        """Give back what `place` claimed."""
+        memory.close_slab(self.name)
+        memory.release_extents(self.name)
+        self.slab = self.placement = None
+
+    def info(self, memory: Memory) -> ModelInfo:
+        extents = self.placement.extents if self.placement else ()
+        return ModelInfo(
+            name=self.name,
+            architecture=self.image.architecture if self.image else "",
+            where=self.where.value,
+            weights=sum(extent.frames for extent in extents[:-1]) * memory.frame_size,
+            workspace=sum(extent.frames for extent in extents[-1:]) * memory.frame_size,
+            kv_bytes_per_token=self.footprint.kv_bytes_per_token if self.footprint else 0,
+            page_tokens=self.slab.page_tokens if self.slab else 0,
+            pages=len(self.slab.references) if self.slab else 0,
+            context_length=self.image.context_length if self.image else 0,
+        )
