@@ -229,20 +229,20 @@ class _Header:
         return values
 
     def _strings(self, count: int, what: str) -> list[str]:
-        """The hot loop: a vocabulary and its merges are hundreds of thousands of these."""
+        """The hot loop: a vocabulary and its merges are hundreds of thousands of these.
+
+        Tokens may be any bytes; what is not UTF-8 becomes surrogate escapes.
+        """
         data, at, end, length_at = self._data, self._at, self._end, _U64.unpack_from
         strings = []
-        try:
-            for _ in range(count):
-                if at + 8 > end:
-                    break
-                stop = at + 8 + length_at(data, at)[0]
-                if stop > end or stop - at > MAX_STRING:
-                    break
-                strings.append(str(data[at + 8 : stop], "utf-8"))
-                at = stop
-        except UnicodeDecodeError:
-            self._fail(f"string {len(strings)} of {what} is not valid UTF-8")
+        for _ in range(count):
+            if at + 8 > end:
+                break
+            stop = at + 8 + length_at(data, at)[0]
+            if stop > end or stop - at - 8 > MAX_STRING:
+                break
+            strings.append(str(data[at + 8 : stop], "utf-8", "surrogateescape"))
+            at = stop
         self._at = at
         if len(strings) < count:
             self._string(f"string {len(strings)} of {what}", MAX_STRING)  # says what is wrong with it

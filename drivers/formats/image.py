@@ -1,0 +1,162 @@
+"""Opens a model from disk as the kernel's `Image`, whatever its format. Knows the formats' doors, not their insides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llm_os.drivers.formats.architecture import Architecture
+from llm_os.drivers.formats.chat import ChatTemplate
+from llm_os.drivers.formats.fields import Fields
+from llm_os.drivers.formats.generation import sampling_from_gguf
+from llm_os.drivers.formats.gguf import MAGIC, GgufFile
+from llm_os.drivers.formats.gguf_architecture import ROPE_TENSORS, gguf_architecture
+from llm_os.drivers.formats.gguf_weights import GgufWeights
+from llm_os.drivers.formats.mapped import map_file
+from llm_os.drivers.formats.shapes import check_tensors
+from llm_os.drivers.formats.tokenizer import Tokenizer, tokenizer_from_gguf
+from llm_os.drivers.formats.weights import Weights
+from llm_os.kernel.errors import Closed, FormatError, RequestError, Unsupported
+from llm_os.kernel.image import TextDecoder
+from llm_os.kernel.request import SamplingDefaults
+
+
+class ModelImage:
+    """The `Image` of a model file or directory; for drivers also `hyperparameters`, `weights` and `path`."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        path: Path,
+        hyperparameters: Architecture,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        template: str | None,
+        sampling_defaults: SamplingDefaults,
+    ) -> None:
+        self._name = name
+        self._path = path
+        self._hyperparameters = hyperparameters
+        self._weights = weights
+        self._tokenizer = tokenizer
+        self._template = template
+        self._sampling_defaults = sampling_defaults
+        self._turn_end_tokens = tokenizer.turn_end_tokens(template)
+        self._text_end_tokens = tokenizer.text_end_tokens(template)
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def hyperparameters(self) -> Architecture:
+        return self._hyperparameters
+
+    @property
+    def weights(self) -> Weights:
+        self._check_open()
+        return self._weights
+
+    @property
+    def architecture(self) -> str:
+        return self._hyperparameters.family
+
+    @property
+    def context_length(self) -> int:
+        return self._hyperparameters.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        return self._hyperparameters.vocab_size
+
+    @property
+    def turn_end_tokens(self) -> frozenset[int]:
+        return self._turn_end_tokens
+
+    @property
+    def text_end_tokens(self) -> frozenset[int]:
+        return self._text_end_tokens
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        return self._sampling_defaults
+
+    def encode(self, text: str, *, raw: bool) -> list[int]:
+        self._check_open()
+        tokens = self._tokenizer.encode(text, raw=raw)
+        # Some tokenizers know more tokens than the model has embeddings (gemma3's text models: an image token).
+        if tokens and max(tokens) >= self.vocab_size:
+            raise RequestError(
+                f"the text has token {max(tokens)}, but {self._name} knows only the {self.vocab_size} below it"
+            )
+        return tokens
+
+    def decoder(self) -> TextDecoder:
+        self._check_open()
+        return self._tokenizer.decoder()
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        self._check_open()
+        if self._template is None:
+            raise RequestError(f"{self._name} has no chat template; give it a raw prompt (--raw)")
+        return self._chat.render(messages)
+
+    def close(self) -> None:
+        self._closed = True
+        self._weights.close()
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        # On first use: a model whose template is broken still continues raw text.
+        tokenizer = self._tokenizer
+        return ChatTemplate(self._template or "", bos=tokenizer.bos, eos=tokenizer.eos, file=str(self._path))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed(f"{self._name} is closed")
+
+
+def open_image(path: Path, name: str | None = None) -> ModelImage:
+    """Opens a GGUF file, or a directory with `config.json` and safetensors. `name` is the path's by default.
+
+    Raises ModelNotFound when nothing is there, FormatError when it is damaged or no model, Unsupported when it is a
+    model that this version cannot run.
+    """
+    name = path.name if name is None else name
+    try:
+        is_directory = path.is_dir()
+    except (OSError, ValueError):
+        is_directory = False
+    if is_directory:
+        raise Unsupported(f"{path}: directories are not supported yet")
+    if map_file(path)[:4] != MAGIC:
+        raise FormatError(f"{path}: not a model: neither a GGUF file nor a directory with config.json")
+    return _open_gguf(path, name)
+
+
+def _open_gguf(path: Path, name: str) -> ModelImage:
+    file = GgufFile(path)
+    fields = Fields(file.metadata, str(path))
+    if fields.integer("split.count", 0, 2**16, 0) > 1:
+        raise Unsupported(f"{path}: one part of a split model; join the parts with llama-gguf-split --merge")
+    hyperparameters = gguf_architecture(file)
+    weights = GgufWeights(file, hyperparameters)
+    check_tensors(weights, hyperparameters, str(path), ignored=ROPE_TENSORS)
+    tokenizer = tokenizer_from_gguf(file.metadata, str(path))
+    return ModelImage(
+        name=name,
+        path=path,
+        hyperparameters=hyperparameters,
+        weights=weights,
+        tokenizer=tokenizer,
+        template=fields.text("tokenizer.chat_template", None) if fields.get("tokenizer.chat_template") else None,
+        sampling_defaults=sampling_from_gguf(Fields(file.metadata, str(path), prefix="general.sampling.")),
+    )
