@@ -1,0 +1,170 @@
+"""One decoder for every supported family, driven by `Architecture`. Knows weights and rows; no files, no sampling.
+
+rows of all sequences, one after another, padded to the format's tile
+  embedding -> { norm -> q, k, v -> rope -> pool, attention -> output -> + ; norm -> gate, up -> down -> + } -> norm
+rows that sample -> head -> logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_os.drivers.formats.architecture import Architecture, Rope
+from llm_os.drivers.formats.weights import Weights, WeightTensor
+from llm_os.drivers.torch.attention import Plan, Stretch, attend
+from llm_os.drivers.torch.linear import Format, Linear
+from llm_os.drivers.torch.pool import KvPool
+from llm_os.drivers.torch.rope import Rotation
+from llm_os.drivers.torch.rows import ACTIVATIONS, pad_rows, rms_norm
+
+
+def embedding_bytes(weights: Weights, format: Format) -> int:
+    """What the embedding will hold, before it is loaded."""
+    return weights["token_embd.weight"].data.nbytes
+
+
+class Embedding:
+    """Token vectors as the file holds them, dequantized where they are read. Stays in host memory."""
+
+    def __init__(self, tensor: WeightTensor, device: torch.device) -> None:
+        self._tensor = msgspec.structs.replace(tensor, data=tensor.data.copy())  # no view of the file outlives the load
+        self._device = device
+
+    @property
+    def nbytes(self) -> int:
+        return self._tensor.data.nbytes
+
+    def rows(self, tokens: list[int]) -> Tensor:
+        """[len(tokens), hidden], float32."""
+        data = self._tensor.data[np.array(tokens)]
+        picked = msgspec.structs.replace(self._tensor, data=data, shape=(len(tokens), self._tensor.shape[1]))
+        return torch.from_numpy(picked.float32()).to(self._device)
+
+
+class DecoderLayer:
+    """One block of attention and feed-forward."""
+
+    def __init__(self, architecture: Architecture, index: int, weights: Weights, format: Format) -> None:
+        self._architecture = architecture
+        self._index = index
+        self.rope = architecture.layers[index].rope
+        self.window = architecture.layers[index].window
+        self._activation = ACTIVATIONS[architecture.activation]
+        parts = _Parts(weights, f"blk.{index}.", format)
+        self._qkv = parts.linear(*parts.fused("attn_qkv", "attn_q", "attn_k", "attn_v"))
+        self._qkv_bias = parts.bias("attn_q", "attn_k", "attn_v") if architecture.qkv_bias else None
+        self._output = parts.linear("attn_output")
+        self._gate_up = parts.linear(*(("ffn_gate", "ffn_up") if "ffn_gate" in parts else ("ffn_up",)))
+        self._down = parts.linear("ffn_down")
+        self._attention_norm = parts.vector("attn_norm")
+        self._feed_forward_norm = parts.vector("ffn_norm")
+        self._q_norm = parts.vector("attn_q_norm") if architecture.qk_norm else None
+        self._k_norm = parts.vector("attn_k_norm") if architecture.qk_norm else None
+        self._post_attention_norm = parts.vector("post_attention_norm") if architecture.post_norms else None
+        self._post_feed_forward_norm = parts.vector("post_ffw_norm") if architecture.post_norms else None
+        self.nbytes = parts.nbytes
+
+    def forward(self, x: Tensor, rotation: Rotation, plan: Plan, pool: KvPool, slots: Tensor) -> Tensor:
+        """`x` [n, hidden] through this layer; writes the keys and values of the first len(slots) rows."""
+        eps = self._architecture.norm_eps
+        attention = self._attention(rms_norm(x, self._attention_norm, eps), rotation, plan, pool, slots)
+        if self._post_attention_norm is not None:
+            attention = rms_norm(attention, self._post_attention_norm, eps)
+        x = x + attention
+        gate, up = self._gate_up(rms_norm(x, self._feed_forward_norm, eps)).chunk(2, dim=-1)
+        y = self._down(self._activation(gate) * up)
+        if self._post_feed_forward_norm is not None:
+            y = rms_norm(y, self._post_feed_forward_norm, eps)
+        return x + y
+
+    def _attention(self, x: Tensor, rotation: Rotation, plan: Plan, pool: KvPool, slots: Tensor) -> Tensor:
+        a = self._architecture
+        qkv = self._qkv(x)
+        if self._qkv_bias is not None:
+            qkv = qkv + self._qkv_bias
+        q, k, v = qkv.view(len(x), -1, a.head_dim).split([a.heads, a.kv_heads, a.kv_heads], dim=1)
+        if self._q_norm is not None and self._k_norm is not None:
+            q, k = rms_norm(q, self._q_norm, a.norm_eps), rms_norm(k, self._k_norm, a.norm_eps)
+        q, k = rotation(q) * a.attention_scale, rotation(k)
+        pool.write(self._index, k[: len(slots)], v[: len(slots)], slots)
+        return self._output(attend(plan, pool, self._index, q))
+
+
+class Decoder:
+    """A model's weights on the device, and the forward pass."""
+
+    def __init__(self, architecture: Architecture, weights: Weights, format: Format) -> None:
+        """Load layer by layer: besides what stays, a part of one matrix is held at a time. Raises FormatError."""
+        self._architecture = architecture
+        self._format = format
+        self._embedding = Embedding(weights["token_embd.weight"], format.device)
+        self._layers = [DecoderLayer(architecture, i, weights, format) for i in range(len(architecture.layers))]
+        parts = _Parts(weights, "", format)
+        self._norm = parts.vector("output_norm")
+        self._head = parts.linear("token_embd" if architecture.tied_embeddings else "output")
+        self.nbytes = self._embedding.nbytes + sum(layer.nbytes for layer in self._layers) + parts.nbytes
+
+    def forward(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Tensor:
+        """Feed `tokens`, the rows of all `stretches` in order; returns [n, hidden] after the last norm.
+
+        Writes their keys and values to `pool`. Rows past len(tokens) are padding.
+        """
+        device = self._format.device
+        positions = [stretch.position + i for stretch in stretches for i in range(stretch.length)]
+        positions += [0] * (-len(tokens) % self._format.tile)
+        slots = torch.tensor([slot for s in stretches for slot in s.table.slots(s.position, s.end)], device=device)
+        where = torch.tensor(positions, device=device)
+        rotations: dict[Rope, Rotation] = {}
+        plans: dict[int | None, Plan] = {}
+        x = pad_rows(self._embedding.rows(tokens) * self._architecture.embedding_scale, self._format.tile)
+        for layer in self._layers:
+            if layer.rope not in rotations:
+                rotations[layer.rope] = Rotation(layer.rope, where)
+            if layer.window not in plans:
+                plans[layer.window] = Plan(stretches, layer.window, device)
+            x = layer.forward(x, rotations[layer.rope], plans[layer.window], pool, slots)
+        return rms_norm(x, self._norm, self._architecture.norm_eps)
+
+    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Scores over the vocabulary for rows of `forward`'s result, [up to a tile, vocab_size] at a time."""
+        for piece in hidden.split(self._format.tile):
+            yield self._head(pad_rows(piece, self._format.tile))[: len(piece)]
+
+
+class _Parts:
+    """The tensors under one prefix, taken to the device, and the bytes they came to."""
+
+    def __init__(self, weights: Weights, prefix: str, format: Format) -> None:
+        self._weights = weights
+        self._prefix = prefix
+        self._format = format
+        self.nbytes = 0
+
+    def __contains__(self, name: str) -> bool:
+        return f"{self._prefix}{name}.weight" in self._weights
+
+    def fused(self, whole: str, *pieces: str) -> tuple[str, ...]:
+        return (whole,) if whole in self else pieces
+
+    def linear(self, *names: str) -> Linear:
+        """One product for several weights that multiply the same rows."""
+        linear = self._format.linear([self._weights[f"{self._prefix}{name}.weight"] for name in names])
+        self.nbytes += linear.nbytes
+        return linear
+
+    def vector(self, name: str) -> Tensor:
+        return self._vector([f"{self._prefix}{name}.weight"])
+
+    def bias(self, *names: str) -> Tensor:
+        return self._vector([f"{self._prefix}{name}.bias" for name in names])
+
+    def _vector(self, names: list[str]) -> Tensor:
+        arrays = [self._weights[name].float32().reshape(-1) for name in names]
+        vector = torch.from_numpy(np.concatenate(arrays)).to(self._format.device)
+        self.nbytes += vector.nbytes
+        return vector

@@ -1,0 +1,213 @@
+"""The driver contract over torch tensors, shared by the cpu and cuda drivers. Knows models by name; decides nothing.
+
+Two workers: one runs batches, copies and unloads in the order they were asked for; the other loads, so that a load
+overlaps with running batches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+
+import torch
+from msgspec import Struct
+
+from llm_os.drivers.formats.architecture import Architecture
+from llm_os.drivers.formats.weights import Weights
+from llm_os.drivers.torch.attention import Stretch
+from llm_os.drivers.torch.decoder import Decoder, embedding_bytes
+from llm_os.drivers.torch.footprint import measure
+from llm_os.drivers.torch.linear import choose_format
+from llm_os.drivers.torch.pool import KvPool, PageTable
+from llm_os.drivers.torch.sampler import sample
+from llm_os.kernel.driver import Batch, DeviceInfo, DeviceMemory, Footprint, Move, Placement, Row, Sample, Sequence
+from llm_os.kernel.errors import Closed, DriverError, Unsupported
+from llm_os.kernel.image import Image
+
+if TYPE_CHECKING:
+    from llm_os.kernel.config import Config
+
+_Result = TypeVar("_Result")
+
+
+class _Contents(Protocol):
+    """What `drivers/formats` images have beyond the kernel's `Image`."""
+
+    hyperparameters: Architecture
+    weights: Weights
+
+
+class _Resident(Struct, frozen=True):
+    """A model on the device."""
+
+    architecture: Architecture
+    decoder: Decoder
+    pool: KvPool
+
+
+class TorchDriver:
+    """A `Driver` for one torch device."""
+
+    def __init__(
+        self, config: Config, device: torch.device, page_tokens: tuple[int, ...], probe: Callable[[], DeviceInfo]
+    ) -> None:
+        """`page_tokens` are the page sizes that the device takes well; `probe` answers `info()`."""
+        self._device = device
+        self._page_tokens = page_tokens
+        self._probe = probe
+        self._format = choose_format(config.precision, device)
+        self._models: dict[str, _Resident] = {}
+        self._threads = config.threads if device.type == "cpu" else None
+        self._threads_before = torch.get_num_threads()
+        self._batches = ThreadPoolExecutor(1, f"llm-os-{device.type}")
+        self._loads = ThreadPoolExecutor(1, f"llm-os-{device.type}-load")
+        self._lock = Lock()
+        self._closed = False
+
+    def info(self) -> DeviceInfo:
+        return self._probe()
+
+    def footprint(self, image: Image, batch_tokens: int) -> Footprint:
+        contents = _contents(image)
+        embedding = embedding_bytes(contents.weights, self._format)
+        return measure(contents.hyperparameters, embedding, self._format, batch_tokens, self._page_tokens)
+
+    def load(self, model: str, image: Image, placement: Placement) -> Future[None]:
+        return self._submit(self._loads, lambda: self._load(model, image, placement))
+
+    def unload(self, model: str) -> Future[None]:
+        return self._submit(self._batches, lambda: self._unload(model))
+
+    def run(self, batch: Batch) -> Future[tuple[Row, ...]]:
+        return self._submit(self._batches, lambda: self._run(batch))
+
+    def copy(self, model: str, moves: tuple[Move, ...]) -> Future[None]:
+        return self._submit(self._batches, lambda: self._copy(model, moves))
+
+    def memory(self) -> DeviceMemory:
+        residents = list(self._models.values())
+        return DeviceMemory(
+            weights=sum(resident.decoder.nbytes for resident in residents),
+            kv=sum(resident.pool.nbytes for resident in residents),
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        self._loads.shutdown()
+        self._batches.shutdown()
+        self._models.clear()
+        _give_back(self._device)
+        if self._threads is not None and torch.get_num_threads() == self._threads:
+            torch.set_num_threads(self._threads_before)
+
+    def _submit(self, worker: ThreadPoolExecutor, operation: Callable[[], _Result]) -> Future[_Result]:
+        with self._lock:
+            if self._closed:
+                raise Closed(f"the {self._device.type} driver is closed")
+            return worker.submit(self._perform, operation)
+
+    def _perform(self, operation: Callable[[], _Result]) -> _Result:
+        # torch keeps this number for the process and for each thread, and another kernel may have set it since.
+        if self._threads is not None and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                return operation()
+        except (RuntimeError, MemoryError, OSError) as error:  # torch reports a full device as a RuntimeError
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise DriverError(f"the {self._device.type} device failed: {reason}") from error
+
+    def _load(self, model: str, image: Image, placement: Placement) -> None:
+        if model in self._models:
+            raise DriverError(f"model {model!r} is already loaded; unload it first")
+        contents = _contents(image)
+        a = contents.hyperparameters
+        decoder = Decoder(a, contents.weights, self._format)
+        pool = KvPool(len(a.layers), a.kv_heads, a.head_dim, placement.page_tokens, placement.pages, self._device)
+        self._models[model] = _Resident(a, decoder, pool)
+
+    def _unload(self, model: str) -> None:
+        self._resident(model)
+        del self._models[model]
+        _give_back(self._device)
+
+    def _copy(self, model: str, moves: tuple[Move, ...]) -> None:
+        pool = self._resident(model).pool
+        for move in moves:
+            _check_pages(pool, (move.source, move.target))
+        if moves:
+            pool.copy(moves)
+
+    def _run(self, batch: Batch) -> tuple[Row, ...]:
+        resident = self._resident(batch.model)
+        stretches = _lay_out(batch.sequences, resident)
+        tokens = [token for sequence in batch.sequences for token in sequence.tokens]
+        hidden = resident.decoder.forward(tokens, stretches, resident.pool)
+        wishes: list[Sample] = []
+        chosen: list[int] = []
+        for index, sequence in enumerate(batch.sequences):
+            if sequence.sample is not None:
+                chosen.append(index)
+                wishes.append(sequence.sample)
+        rows: list[Row] = [None] * len(batch.sequences)
+        if chosen:
+            last = torch.tensor([stretches[i].row + stretches[i].length - 1 for i in chosen], device=self._device)
+            done = 0
+            for logits in resident.decoder.logits(hidden[last]):
+                results = sample(logits, wishes[done : done + len(logits)])
+                for index, row in zip(chosen[done:], results, strict=False):
+                    rows[index] = row
+                done += len(logits)
+        return tuple(rows)
+
+    def _resident(self, model: str) -> _Resident:
+        resident = self._models.get(model)
+        if resident is None:
+            raise DriverError(f"model {model!r} is not loaded on the {self._device.type} device; load it first")
+        return resident
+
+
+def _contents(image: Image) -> _Contents:
+    if not (hasattr(image, "hyperparameters") and hasattr(image, "weights")):
+        raise Unsupported(f"{image.name} has no weights that this driver can read; use a GGUF file or safetensors")
+    return cast(_Contents, image)
+
+
+def _lay_out(sequences: tuple[Sequence, ...], resident: _Resident) -> list[Stretch]:
+    """One stretch of rows for each sequence. Raises DriverError for what the kernel must never ask."""
+    pool, vocab = resident.pool, resident.architecture.vocab_size
+    stretches: list[Stretch] = []
+    row = 0
+    for sequence in sequences:
+        end = sequence.position + len(sequence.tokens)
+        if not sequence.tokens or sequence.position < 0 or end > len(sequence.pages) * pool.page_tokens:
+            raise DriverError(f"process {sequence.pid}: its pages do not cover positions {sequence.position} to {end}")
+        if not all(0 <= token < vocab for token in sequence.tokens):
+            raise DriverError(f"process {sequence.pid}: a token id is outside the vocabulary of {vocab}")
+        _check_pages(pool, sequence.pages)
+        pool.touch(sequence.pages[sequence.position // pool.page_tokens : -(-end // pool.page_tokens)])
+        stretches.append(
+            Stretch(row, len(sequence.tokens), sequence.position, PageTable(sequence.pages, pool.page_tokens))
+        )
+        row += len(sequence.tokens)
+    return stretches
+
+
+def _check_pages(pool: KvPool, pages: tuple[int, ...]) -> None:
+    if pages and not (0 <= min(pages) and max(pages) < pool.pages):
+        raise DriverError(f"a page number of {min(pages)} to {max(pages)} is outside the model's {pool.pages} pages")
+
+
+def _give_back(device: torch.device) -> None:
+    """Return freed memory to the system: the allocators keep it otherwise."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc; musl returns memory by itself
+        if trim is not None:
+            trim(0)

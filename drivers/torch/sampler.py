@@ -1,0 +1,102 @@
+"""Chooses the next token of each row from its logits. No state, no random numbers: `Sample.uniform` is the randomness.
+
+Order: penalties -> logit bias -> (greedy, or) temperature -> top-k -> top-p -> min-p -> inverse of the distribution
+function over the tokens that are left, most likely first. Ties go to the lower token id. Reported log-probabilities are
+the model's own, before all of this. Each row is worked on alone, in float64, so that it cannot depend on the others.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm_os.kernel.driver import RowError, Sample, Sampled
+
+Floats = NDArray[np.float64]
+Ids = NDArray[np.int64]
+
+
+def sample(logits: Tensor, samples: list[Sample]) -> list[Sampled | RowError]:
+    """One choice for each row of `logits`, [len(samples), vocab_size]. A row with NaN or infinity is a RowError."""
+    finite = torch.isfinite(logits).all(dim=-1).tolist()
+    best = logits.argmax(dim=-1).tolist()
+    return [
+        _choose(logits[row], wish, best[row])
+        if finite[row]
+        else RowError("the model computed NaN or infinity for this row; its weights may be damaged")
+        for row, wish in enumerate(samples)
+    ]
+
+
+def _choose(logits: Tensor, wish: Sample, best: int) -> Sampled:
+    adjusts = wish.repetition_penalty != 1 or wish.presence_penalty or wish.frequency_penalty or wish.logit_bias
+    if wish.temperature == 0 and not adjusts and wish.logprobs is None:
+        return Sampled(best)
+    scores = logits.double().cpu().numpy()
+    token = best
+    if adjusts:
+        adjusted = _penalised(scores, wish)
+        token = int(adjusted.argmax())
+    else:
+        adjusted = scores
+    if wish.temperature > 0:
+        token = _draw(adjusted, wish)
+    if wish.logprobs is None:
+        return Sampled(token)
+    shifted = scores - scores.max()
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    top = _best(logprobs, wish.logprobs)
+    return Sampled(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
+
+
+def _penalised(scores: Floats, wish: Sample) -> Floats:
+    """Repetition over prompt and output (Keskar et al. 2019); presence and frequency over the output; then the bias."""
+    scores = scores.copy()
+    vocab = len(scores)
+    if wish.repetition_penalty != 1:
+        seen = _known(np.unique(np.array(wish.prompt + wish.output, np.int64)), vocab)
+        scores[seen] = np.where(
+            scores[seen] > 0, scores[seen] / wish.repetition_penalty, scores[seen] * wish.repetition_penalty
+        )
+    if (wish.presence_penalty or wish.frequency_penalty) and wish.output:
+        counts = np.bincount(_known(np.array(wish.output, np.int64), vocab), minlength=vocab)
+        scores -= wish.presence_penalty * (counts > 0) + wish.frequency_penalty * counts
+    for token, bias in wish.logit_bias:
+        if token < vocab:
+            scores[token] += bias
+    return scores
+
+
+def _known(ids: Ids, vocab: int) -> Ids:
+    return ids[(ids >= 0) & (ids < vocab)]
+
+
+def _draw(scores: Floats, wish: Sample) -> int:
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, which is right
+        scaled = (scores - scores.max()) / wish.temperature
+    order = _best(scaled, wish.top_k or len(scaled))
+    weights = np.exp(scaled[order])
+    cumulative = np.cumsum(weights)
+    if wish.top_p < 1:
+        before = cumulative - weights
+        weights = weights[: max(1, int(np.count_nonzero(before < wish.top_p * cumulative[-1])))]
+    if wish.min_p > 0:
+        weights = weights[: max(1, int(np.count_nonzero(weights >= wish.min_p * weights[0])))]
+    cumulative = cumulative[: len(weights)]
+    index = int(np.searchsorted(cumulative, wish.uniform * cumulative[-1], side="right"))
+    return int(order[min(index, len(weights) - 1)])
+
+
+def _best(values: Floats, count: int) -> Ids:
+    """The `count` largest, best first, ties by id."""
+    count = min(count, len(values))
+    if count == 0:
+        return np.empty(0, np.int64)
+    if count < len(values):
+        threshold = np.partition(values, len(values) - count)[len(values) - count]
+        candidates = np.flatnonzero(values >= threshold)
+    else:
+        candidates = np.arange(len(values))
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
