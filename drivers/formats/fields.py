@@ -33,6 +33,10 @@ class Fields:
         self._section = section
         self.file = file
 
+    def __contains__(self, key: str) -> bool:
+        """Whether it stands in the file, be it as null."""
+        return self._prefix + key in self._values
+
     def get(self, key: str) -> Any:
         """As it stands in the file; None when absent."""
         return self._values.get(self._prefix + key)

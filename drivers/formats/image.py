@@ -10,13 +10,17 @@ from typing import Any
 from llm_os.drivers.formats.architecture import Architecture
 from llm_os.drivers.formats.chat import ChatTemplate
 from llm_os.drivers.formats.fields import Fields
-from llm_os.drivers.formats.generation import sampling_from_gguf
+from llm_os.drivers.formats.generation import sampling_from_directory, sampling_from_gguf
 from llm_os.drivers.formats.gguf import MAGIC, GgufFile
 from llm_os.drivers.formats.gguf_architecture import ROPE_TENSORS, gguf_architecture
 from llm_os.drivers.formats.gguf_weights import GgufWeights
+from llm_os.drivers.formats.hf_architecture import hf_architecture, hf_family
+from llm_os.drivers.formats.hf_weights import HfWeights
+from llm_os.drivers.formats.json_files import read_object, read_text
 from llm_os.drivers.formats.mapped import map_file
+from llm_os.drivers.formats.safetensors import read_directory, read_file
 from llm_os.drivers.formats.shapes import check_tensors
-from llm_os.drivers.formats.tokenizer import Tokenizer, tokenizer_from_gguf
+from llm_os.drivers.formats.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 from llm_os.drivers.formats.weights import Weights
 from llm_os.kernel.errors import Closed, FormatError, RequestError, Unsupported
 from llm_os.kernel.image import TextDecoder
@@ -131,15 +135,21 @@ def open_image(path: Path, name: str | None = None) -> ModelImage:
     model that this version cannot run.
     """
     name = path.name if name is None else name
+    if _is_directory(path):
+        return _open_directory(path, name)
+    if map_file(path)[:4] == MAGIC:
+        return _open_gguf(path, name)
+    if path.suffix == ".safetensors":
+        read_file(path)  # says what is wrong, if something is
+        raise FormatError(f"{path}: holds tensors only; give the directory with its config.json and tokenizer.json")
+    raise FormatError(f"{path}: not a model: neither a GGUF file nor a directory with config.json")
+
+
+def _is_directory(path: Path) -> bool:
     try:
-        is_directory = path.is_dir()
+        return path.is_dir()
     except (OSError, ValueError):
-        is_directory = False
-    if is_directory:
-        raise Unsupported(f"{path}: directories are not supported yet")
-    if map_file(path)[:4] != MAGIC:
-        raise FormatError(f"{path}: not a model: neither a GGUF file nor a directory with config.json")
-    return _open_gguf(path, name)
+        return False
 
 
 def _open_gguf(path: Path, name: str) -> ModelImage:
@@ -160,3 +170,39 @@ def _open_gguf(path: Path, name: str) -> ModelImage:
         template=fields.text("tokenizer.chat_template", None) if fields.get("tokenizer.chat_template") else None,
         sampling_defaults=sampling_from_gguf(Fields(file.metadata, str(path), prefix="general.sampling.")),
     )
+
+
+def _open_directory(path: Path, name: str) -> ModelImage:
+    config = read_object(path / "config.json")
+    if config is None:
+        inside = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"; give one of its files, such as {inside[0]}" if inside else ""
+        raise FormatError(f"{path}: not a model: the directory has no config.json{hint}")
+    fields = Fields(config, str(path / "config.json"))
+    weights = HfWeights(read_directory(path), hf_family(fields), str(path))
+    hyperparameters = hf_architecture(fields, has_head="output.weight" in weights)
+    # transformers ignores a head that is stored although it is tied to the embedding
+    check_tensors(weights, hyperparameters, str(path), ignored=frozenset({"output.weight"}))
+    generation = read_object(path / "generation_config.json") or {}
+    return ModelImage(
+        name=name,
+        path=path,
+        hyperparameters=hyperparameters,
+        weights=weights,
+        tokenizer=tokenizer_from_directory(path),
+        template=_directory_template(path),
+        sampling_defaults=sampling_from_directory(Fields(generation, str(path / "generation_config.json"))),
+    )
+
+
+def _directory_template(path: Path) -> str | None:
+    """`chat_template.jinja`, else what tokenizer_config.json has: a template, or several, one of them "default"."""
+    template: Any = read_text(path / "chat_template.jinja")
+    if template is None:
+        template = (read_object(path / "tokenizer_config.json") or {}).get("chat_template")
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise FormatError(f"{path / 'tokenizer_config.json'}: chat_template must be a string or a list of named ones")
+    return template
