@@ -180,7 +180,7 @@ class _Session:
             with get_session().stream("GET", f"{self._endpoint}/{place}", headers=headers, timeout=timeout) as response:
                 self._check_status(response)
                 skip = start if response.status_code == 200 else 0  # a server without ranges begins again
-                for chunk in response.iter_bytes(transfer.CHUNK):
+                for chunk in response.iter_bytes():  # as they come: a chunk being filled would be lost with the line
                     yield chunk[skip:]
                     skip = max(0, skip - len(chunk))
         except StoreError:
@@ -217,15 +217,20 @@ class _Session:
 
     def _resolve_in_time(self) -> None:
         """Look the hub's name up on another thread: the system's resolver alone may take tens of seconds to give up."""
-        url = urlsplit(self._endpoint)
-        host = url.hostname or ""
-        if url.scheme in getproxies() and not proxy_bypass(host):
+        try:
+            url = urlsplit(self._endpoint)
+            scheme, host, port = url.scheme, url.hostname, url.port or 443
+        except ValueError:
+            scheme, host, port = "", None, 0
+        if scheme not in ("http", "https") or host is None:
+            raise StoreError(f"{self._pull.source}: HF_ENDPOINT is {self._endpoint}; write https://host")
+        if scheme in getproxies() and not proxy_bypass(host):
             return
         failure: list[OSError] = []
 
         def look_up() -> None:
             try:
-                socket.getaddrinfo(host, url.port or 443)
+                socket.getaddrinfo(host, port)
             except OSError as error:
                 failure.append(error)
 

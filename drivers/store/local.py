@@ -22,10 +22,11 @@ def fetch(local: names.Local, staged: Path, pull: Transfer) -> tuple[StoredFile,
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise StoreError(f"{pull.source}: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{pull.source}: not a plain file")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise StoreError(f"{pull.source}: not a plain file")
         transfer.require_space(staged, status.st_size, pull.source)
         chunks: Iterator[bytes] = iter(transfer.read_chunks(file.read))
         return (pull.write(chunks, staged / name, limit=status.st_size, phase="downloading"),)

@@ -250,9 +250,10 @@ def discard(path: Path) -> None:
 
 def _read_plain(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("not a plain file")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("not a plain file")
         text = file.read(_LONGEST_MANIFEST + 1)
     if len(text) > _LONGEST_MANIFEST:
         raise OSError(f"longer than {_LONGEST_MANIFEST} bytes")

@@ -78,7 +78,7 @@ class Store:
             if model and (path := Path(model).expanduser()).exists():
                 return path
         candidates = {*known, *(stored.name for stored in self.list())}
-        near = difflib.get_close_matches(model.lower(), sorted(candidates), n=3, cutoff=0.5)
+        near = difflib.get_close_matches(model[:100].lower(), sorted(candidates), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"aliases: {', '.join(sorted(known))}"
         raise ModelNotFound(f"no alias, file or directory is called {names.shown(model)}; {hint}")
 
