@@ -326,23 +326,27 @@ class Core:
                     self._start(ev.Unload(self._next(), model.name))
                 elif model.where is Where.ON_DISK:
                     self._unloaded(model)
-        while not self.halting and not any(isinstance(f.operation, ev.Run) for f in self._flights.values()):
-            chosen = self.scheduler.choose(self.models.values(), self.processes.values())
-            if chosen is None:
-                return
-            turn = self.scheduler.plan(chosen, list(self.processes.values()))
+        running = any(isinstance(flight.operation, ev.Run) for flight in self._flights.values())
+        if not running and not self.halting:
+            for model in self.scheduler.ranked(self.models.values(), self.processes.values()):
+                if self._take_turn(model):
+                    return
+
+    def _take_turn(self, model: Model) -> bool:
+        """Plan and start the next batch of `model`; whether there was one. Where memory lacks, the next model tries."""
+        while True:
+            turn = self.scheduler.plan(model, list(self.processes.values()))
             for process, move in turn.copies:
                 process.state = State.RUNNING
                 assert process.table is not None
                 process.table.slab.retain((move.target,))
-                copy = ev.Copy(self._next(), chosen.name, (move,))
+                copy = ev.Copy(self._next(), model.name, (move,))
                 self._start(copy, (process,), (move.source, move.target))
             if turn.batch:
-                self._run(chosen, turn.batch)
-            elif turn.starved is not None:
-                self._starve(turn.starved)
-            elif not turn.copies:
-                return
+                self._run(model, turn.batch)
+            if turn.starved is None or any(flight.pages for flight in self._flights.values()):
+                return bool(turn.batch)
+            self._starve(turn.starved)
 
     def _run(self, model: Model, batch: list[tuple[Process, int]]) -> None:
         sequences = []
@@ -428,9 +432,17 @@ class Core:
                 references.setdefault(process.request.model, Counter()).update(process.table.pages)
                 assert process.computed <= len(process.table.pages) * process.table.slab.page_tokens
             assert process.state is not State.ENDED and process.computed < max(1, len(process.tokens))
+        mapped = {model: counts.copy() for model, counts in references.items()}
         for flight in self._flights.values():
             if flight.pages:
                 references.setdefault(_model_of(flight.operation) or "", Counter()).update(flight.pages)
+            if isinstance(flight.operation, ev.Run):
+                batch = flight.operation.batch
+                slab = self.models[batch.model].slab
+                assert slab is not None
+                for rows in batch.sequences:
+                    for page in rows.pages[rows.position // slab.page_tokens :]:
+                        assert mapped.get(batch.model, Counter())[page] <= 1, "a shared page is being written"
         self.memory.check(references)
 
 

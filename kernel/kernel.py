@@ -23,6 +23,7 @@ from typing import Any, Self, TypeVar
 
 import anyio
 import anyio.to_thread
+from msgspec import structs
 
 from llm_os.kernel import events as ev
 from llm_os.kernel.config import Config
@@ -51,7 +52,8 @@ class _Loop:
         self.mailboxes: dict[int, Mailbox] = {}
         self.tickets: dict[int, Future[None]] = {}
         self.host = ThreadPoolExecutor(2, thread_name_prefix="llm-os-host")
-        self.failure: BaseException | None = None
+        self.gate = threading.Lock()  # guards `closed` against the mailboxes and tickets that are about to be added
+        self.closed: Closed | None = None  # what callers are told from now on
 
     def run(self) -> None:
         events: list[ev.Event] = []
@@ -62,7 +64,7 @@ class _Loop:
                 self.perform(actions)
                 events = [] if self.core.halted else self.receive_all()
         except BaseException as error:  # a bug in the kernel: nobody may wait for ever
-            self.failure = error
+            self.shut(Closed(f"the kernel failed: {error!r}"))
             raise
         finally:
             self.abandon()
@@ -97,7 +99,7 @@ class _Loop:
                 case ev.Open(_, model):
                     future = self.host.submit(self.open, model)
                 case ev.Encode():
-                    future = self.host.submit(_encode, operation)
+                    future = self.host.submit(encode, operation)
                 case ev.Load(_, model, image, placement):
                     future = self.driver.load(model, image, placement)
                 case ev.Unload(_, model):
@@ -123,13 +125,17 @@ class _Loop:
             image.close()
             raise
 
+    def shut(self, reason: Closed) -> None:
+        """No call gets in from now on."""
+        with self.gate:
+            self.closed = self.closed or reason
+
     def abandon(self) -> None:
-        """After the last step: whoever still waits is told that the kernel has closed."""
-        closed = Closed("the kernel is closed" if self.failure is None else f"the kernel failed: {self.failure!r}")
+        """After the last step: whoever still waits is told so."""
         for pid in list(self.mailboxes):
-            self.mailboxes.pop(pid).put(ev.Deliver(pid, error=closed))
+            self.mailboxes.pop(pid).put(ev.Deliver(pid, error=self.closed))
         for ticket in list(self.tickets):
-            _settle(self.tickets.pop(ticket), closed)
+            _settle(self.tickets.pop(ticket), self.closed)
 
 
 class Kernel:
@@ -145,7 +151,6 @@ class Kernel:
         driver = plugins.open_driver()
         self._loop = _Loop(Core(config, config.budget(driver.info().free_bytes)), driver, plugins)
         self._ids = itertools.count(1)
-        self._gate = threading.Lock()
         self._thread = threading.Thread(target=self._loop.run, name="llm-os-kernel", daemon=True)
         self._halt = weakref.finalize(self, _halt, self._loop, self._thread)
         self._thread.start()
@@ -192,9 +197,10 @@ class Kernel:
             return self._loop.core.ps(time.monotonic())
 
     def memory(self) -> MemoryInfo:
-        """The ledger, in bytes."""
+        """The ledger, in bytes, and beside it what the driver says that it has allocated."""
+        device = self._loop.driver.memory()
         with self._loop.turn:
-            return self._loop.core.memory_info()
+            return structs.replace(self._loop.core.memory_info(), driver=device.weights + device.kv)
 
     def models(self) -> list[ModelInfo]:
         """Models that are open, on their way, or on the device."""
@@ -205,8 +211,7 @@ class Kernel:
 
     def close(self) -> None:
         """End every process, unload every model, join every thread. Idempotent; blocks until it is done."""
-        with self._gate:
-            self._halt()
+        self._halt()
         self._thread.join()
 
     def __enter__(self) -> Self:
@@ -228,31 +233,30 @@ class Kernel:
             await anyio.to_thread.run_sync(self.close)
 
     def _spawn(self, submit: Callable[[int], ev.Event]) -> Stream:
-        mailbox = Mailbox()
-        with self._gate:
-            pid = next(self._ids)
-            if self._halt.alive:
+        pid, mailbox = next(self._ids), Mailbox()
+        with self._loop.gate:
+            if self._loop.closed is None:
                 self._loop.mailboxes[pid] = mailbox
                 self._loop.inbox.put(submit(pid))
             else:
-                mailbox.put(ev.Deliver(pid, error=Closed("the kernel is closed")))
+                mailbox.put(ev.Deliver(pid, error=self._loop.closed))
         return Stream(pid, mailbox, partial(_forget, self._loop, pid))
 
     def _ask(self, question: Callable[[int], ev.Event]) -> Future[None]:
-        future: Future[None] = Future()
-        with self._gate:
-            ticket = next(self._ids)
-            if self._halt.alive:
+        ticket, future = next(self._ids), Future[None]()
+        with self._loop.gate:
+            if self._loop.closed is None:
                 self._loop.tickets[ticket] = future
                 self._loop.inbox.put(question(ticket))
             else:
-                future.set_exception(Closed("the kernel is closed"))
+                future.set_exception(self._loop.closed)
         return future
 
 
 def _halt(loop: _Loop, thread: threading.Thread) -> None:
     """Runs once: by close(), at exit, or when a forgotten Kernel is collected, which may happen in any thread, even one
     that the kernel's thread is waiting for: only close() and the main thread may wait."""
+    loop.shut(Closed("the kernel is closed"))
     loop.inbox.put(ev.Halt())
     if threading.current_thread() is threading.main_thread():
         thread.join()
@@ -264,7 +268,8 @@ def _forget(loop: _Loop, pid: int) -> None:
     loop.inbox.put(ev.Kill(pid))
 
 
-def _encode(operation: ev.Encode) -> list[int]:
+def encode(operation: ev.Encode) -> list[int]:
+    """A request's token ids, through the image's chat template unless it is raw."""
     request, image = operation.request, operation.image
     if request.messages is not None:
         return image.encode(image.render_chat(request.messages), raw=False)

@@ -34,15 +34,15 @@ class Scheduler:
         self.batch_tokens = batch_tokens
         self.batch_size = batch_size
 
-    def choose(self, models: Iterable[Model], processes: Iterable[Process]) -> Model | None:
-        """The model to run: the one with the most urgent class; models of one class take turns."""
+    def ranked(self, models: Iterable[Model], processes: Iterable[Process]) -> list[Model]:
+        """Models with work, the one to run first: by the most urgent class; models of one class take turns."""
         urgency: dict[str, int] = {}
         for process in processes:
             if process.state is State.READY:
                 name = process.request.model
                 urgency[name] = min(process.nice, urgency.get(name, process.nice))
         ready = [model for model in models if model.name in urgency]
-        return min(ready, key=lambda model: (urgency[model.name], model.last_run), default=None)
+        return sorted(ready, key=lambda model: (urgency[model.name], model.last_run))
 
     def plan(self, model: Model, processes: Sequence[Process]) -> Turn:
         """Fill a batch of `model`. Allocates pages, and takes them from processes that come later in order."""

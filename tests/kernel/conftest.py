@@ -1,0 +1,139 @@
+"""The core on the sim driver, with time and completions in the test's hands."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from llm_os.drivers.sim import SimDriver, SimImage, reference
+from llm_os.kernel import events as ev
+from llm_os.kernel.config import Config
+from llm_os.kernel.core import Core
+from llm_os.kernel.driver import Sample
+from llm_os.kernel.kernel import encode
+from llm_os.kernel.process import Process
+from llm_os.kernel.random import uniform
+from llm_os.kernel.request import Request, Sampling
+
+
+class Machine:
+    """A core whose operations happen when the test says so, in any order, and as late as that."""
+
+    def __init__(self, **config: Any) -> None:
+        self.config = Config(**{"driver": "sim", "memory": "64MiB", "frame_size": "64KiB", **config})
+        self.core = Core(self.config, self.config.budget(0))
+        self.driver = SimDriver(self.config)
+        self.now = 0.0
+        self.pending: list[ev.Operation] = []
+        self.deliveries: dict[int, list[ev.Deliver]] = defaultdict(list)
+        self.replies: dict[int, ev.Reply] = {}
+        self.closed_images = 0
+        self.requests: dict[int, tuple[Request, int]] = {}
+        self.runs: list[ev.Run] = []
+        self.mangle: Callable[[ev.Operation, Any], Any] = lambda operation, result: result
+
+    def post(self, *events: ev.Event) -> None:
+        """One step with these events; its actions are sorted into what they are."""
+        self.now += 1.0
+        for action in self.core.step(self.now, events):
+            match action:
+                case ev.Deliver(pid):
+                    self.deliveries[pid].append(action)
+                case ev.Reply(ticket):
+                    assert ticket not in self.replies
+                    self.replies[ticket] = action
+                case ev.Close():
+                    self.closed_images += 1
+                case _:
+                    self.pending.append(action)
+                    if isinstance(action, ev.Run):
+                        self.runs.append(action)
+        self.core.check()
+
+    def submit(self, pid: int, prompt: str = "hello", model: str = "sim:a", **fields: Any) -> None:
+        sampling = Sampling(**{"max_tokens": 8, "temperature": 0, **fields.pop("sampling", {})})
+        request = Request(model=model, prompt=prompt, sampling=sampling, **fields)
+        self.requests[pid] = (request, 1000 + pid)
+        self.post(ev.Submit(pid, request, 1000 + pid))
+
+    def fork(self, pid: int, parent: int) -> None:
+        self.requests[pid] = (self.requests[parent][0], 1000 + pid)
+        self.post(ev.Fork(pid, parent, 1000 + pid))
+
+    def complete(self, index: int = 0) -> None:
+        """Perform one pending operation now, and tell the core."""
+        operation = self.pending.pop(index)
+        try:
+            result = self.mangle(operation, self._perform(operation))
+        except Exception as error:
+            self.post(ev.Completed(operation.id, error=error))
+        else:
+            self.post(ev.Completed(operation.id, result))
+
+    def settle(self) -> None:
+        """Complete operations in order until nothing is in flight."""
+        while self.pending:
+            self.complete()
+
+    def until(self, kind: type) -> None:
+        """Complete operations until one of `kind` is the next."""
+        while not isinstance(self.pending[0], kind):
+            self.complete()
+
+    def tokens(self, pid: int) -> list[int]:
+        return [token for item in self.deliveries[pid] if item.chunk for token in item.chunk.token_ids]
+
+    def text(self, pid: int) -> str:
+        return "".join(item.chunk.text for item in self.deliveries[pid] if item.chunk)
+
+    def end(self, pid: int) -> str:
+        """Why the process ended; it has ended exactly once."""
+        ends = [item for item in self.deliveries[pid] if item.completion or item.error]
+        assert len(ends) == 1 and ends[0] is self.deliveries[pid][-1], f"{pid} ended {len(ends)} times"
+        return ends[0].completion.finish_reason if ends[0].completion else type(ends[0].error).__name__
+
+    def error(self, pid: int) -> str:
+        return str(self.deliveries[pid][-1].error)
+
+    def expected(self, pid: int) -> list[int]:
+        """What a lone process would have answered; after the tokens that a fork took over from its parent."""
+        request, drawn = self.requests[pid]
+        sampling, image = request.sampling, SimImage.parse(request.model)
+        prompt = encode(ev.Encode(0, image, request))
+        completion = self.deliveries[pid][-1].completion
+        inherited = (
+            list(completion.token_ids)[: len(completion.token_ids) - len(self.tokens(pid))] if completion else []
+        )
+        start = len(prompt) + len(inherited)
+        samples = (
+            Sample(uniform=uniform(drawn, position), temperature=sampling.temperature or 0)
+            for position in range(start, len(prompt) + (sampling.max_tokens or 10**6))
+        )
+        return list(reference(image, Process(0, request, 0, 0.0).salt, prompt + inherited, samples))
+
+    def _perform(self, operation: ev.Operation) -> Any:
+        future: Future[Any]
+        match operation:
+            case ev.Open(_, model):
+                image = SimImage.parse(model)
+                return ev.Opened(image, self.driver.footprint(image, self.config.batch_tokens))
+            case ev.Encode():
+                return encode(operation)
+            case ev.Load(_, model, image, placement):
+                future = self.driver.load(model, image, placement)
+            case ev.Unload(_, model):
+                future = self.driver.unload(model)
+            case ev.Run(_, batch):
+                future = self.driver.run(batch)
+            case ev.Copy(_, model, moves):
+                future = self.driver.copy(model, moves)
+        return future.result(0)
+
+
+@pytest.fixture
+def machine() -> type[Machine]:
+    return Machine
