@@ -1,0 +1,48 @@
+# Every developer command. `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUESTION ?= What is the capital of France?
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev run test lint types imports check clean
+
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("llm-os needs Python 3.11 or newer; set PYTHON=python3.12, say" if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing llm-os into $(VENV) (torch is 200 MB: a minute or two the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed ## create .venv and install llm-os into it
+
+dev: $(VENV)/.dev ## the same, with what development needs
+
+run: install ## pull a small model and answer QUESTION="..."
+	@$(BIN)/llm-os run smollm2:135m "$(QUESTION)"
+
+test: dev ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: dev ## ruff, formatting included
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: dev ## mypy, strict
+	@$(BIN)/mypy
+
+imports: dev ## the rooms' import rules
+	@$(BIN)/lint-imports
+
+check: lint types imports ## what CI runs beside the tests
+
+clean: ## remove caches and build products, not the virtual environment
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
