@@ -27,6 +27,7 @@ _RAW_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 _CONNECTION = re.compile(r"connection broken by '(.*)': /")
 _HIGHEST_RATIO = 100  # weights barely pack; a member that claims more is a bomb
 _POLL_S = 0.1
+_END_S = 5.0
 
 
 def fetch(
@@ -63,6 +64,8 @@ def _member(archive: zipfile.ZipFile, member: str, packed: Path, source: str, si
         raise StoreError(f"{source}: {names.shown(member)} in {packed.name} is not a plain file")
     if size is not None and info.file_size != size:
         raise StoreError(f"{source}: {names.shown(member)} has {info.file_size} bytes where {size} are expected")
+    if info.compress_size > packed.stat().st_size:
+        raise StoreError(f"{source}: the wheel is damaged: {names.shown(member)} is longer than the archive")
     if info.file_size > _HIGHEST_RATIO * (info.compress_size + 4096):
         raise StoreError(
             f"{source}: {names.shown(member)} would unpack to {info.file_size} bytes from {info.compress_size}"
@@ -137,7 +140,7 @@ def _running(process: subprocess.Popen[bytes]) -> bool:
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(5)
+        process.wait(_END_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -175,8 +178,10 @@ class _Output:
                 self._lines.append(text.strip()[:400])
 
     def close(self) -> None:
-        self._thread.join()
-        self._stream.close()
+        """Call when pip has ended."""
+        self._thread.join(_END_S)
+        if not self._thread.is_alive():  # else a program that pip started still holds the pipe
+            self._stream.close()
 
     def error(self, source: str) -> StoreError:
         """pip's own last error, with the network's reason before it if there was one."""
