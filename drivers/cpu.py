@@ -14,8 +14,21 @@ if TYPE_CHECKING:
     from llm_os.kernel.config import Config
 
 # What the driver's speed hangs on, by Linux's names.
-_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-_FEATURES += ("asimd", "asimddp", "i8mm", "bf16", "sve")
+_FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2**63 where it has no limit
 PAGE_TOKENS = tuple(range(8, 33))
 

@@ -15,6 +15,8 @@ page held before: 0 * NaN is NaN.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from msgspec import Struct
 from torch import Tensor
@@ -26,6 +28,7 @@ BLOCK = 128
 SPAN = 8 * BLOCK
 TILE = 16
 _LOWEST = -3.0e38  # a running maximum before any score: finite, so that differences are never NaN
+_LOG2_E = math.log2(math.e)  # the softmax is in powers of 2: torch's exp is ten times slower where it underflows
 
 
 class Stretch(Struct, frozen=True):
@@ -55,7 +58,7 @@ class _Work(Struct, frozen=True):
     tile: int
     start: int
     stop: int
-    mask: Tensor | None  # [blocks, TILE, 1, BLOCK], 0 or -inf, where not every query sees every key
+    hidden: Tensor | None  # bool [blocks, TILE, 1, BLOCK]; None where every query sees every key
 
 
 class Plan:
@@ -94,20 +97,20 @@ def _work(index: int, tile: _Tile, span: int, window: int | None, device: torch.
         hidden |= keys <= queries - window
     if not hidden.any():
         return _Work(index, start, stop, None)
-    mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-    return _Work(index, start, stop, mask.view(TILE, -1, 1, BLOCK).transpose(0, 1).to(device))
+    return _Work(index, start, stop, hidden.view(TILE, -1, 1, BLOCK).transpose(0, 1).contiguous().to(device))
 
 
-def attend(plan: Plan, pool: KvPool, layer: int, queries: Tensor) -> Tensor:
-    """Softmax attention of `queries` [n, heads, head_dim] (already scaled) over the layer's pages.
+def attend(plan: Plan, pool: KvPool, layer: int, queries: Tensor, scale: float) -> Tensor:
+    """Softmax attention of `queries` [n, heads, head_dim] over the layer's pages; `scale` multiplies the scores.
 
-    Returns [n, heads * head_dim]; rows that belong to no sequence are zeros.
+    Returns [n, heads * head_dim].
     """
     rows, heads, dim = queries.shape
+    queries = queries * (scale * _LOG2_E)
     kv = pool.layer(layer)
     kv_heads = kv.shape[1]
     group = heads // kv_heads
-    output = queries.new_zeros(rows, kv_heads, group, dim)
+    output = queries.new_empty(rows, kv_heads, group, dim)
     states: dict[int, _State] = {}
     scratch = queries.new_empty(2 * kv_heads * SPAN * dim)
     for table, low, high, works in plan.spans:
@@ -120,7 +123,7 @@ def attend(plan: Plan, pool: KvPool, layer: int, queries: Tensor) -> Tensor:
                 state = _State(queries[rows_of_tile].view(tile.length, kv_heads, group, dim))
                 states[work.tile] = state
             blocks = slice((work.start - low) // BLOCK, (work.stop - low) // BLOCK)
-            state.add(keys[:, blocks], values[:, blocks], work.mask)
+            state.add(keys[:, blocks], values[:, blocks], work.hidden)
     for index, state in states.items():
         tile = plan.tiles[index]
         output[tile.row : tile.row + tile.length] = state.result(tile.length)
@@ -151,16 +154,16 @@ class _State:
         self._sum: Tensor | None = None
         self._values = queries.new_zeros(())
 
-    def add(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+    def add(self, keys: Tensor, values: Tensor, hidden: Tensor | None) -> None:
         """Attend to the keys of one span, [kv_heads, blocks, BLOCK, dim]."""
         kv_heads, blocks, _, dim = keys.shape
         queries = self._queries.expand(-1, blocks, -1, -1, -1).reshape(kv_heads * blocks, self._rows, dim)
         scores = torch.bmm(queries, keys.reshape(-1, BLOCK, dim).transpose(1, 2))
-        if mask is not None:
-            scores.view(kv_heads, blocks, TILE, -1, BLOCK).add_(mask)
         scores = scores.view(kv_heads, blocks, self._rows, BLOCK)
+        if hidden is not None:
+            scores.view(kv_heads, blocks, TILE, -1, BLOCK).masked_fill_(hidden, -torch.inf)
         maximum = torch.maximum(self._maximum, scores.amax(dim=(1, 3)))
-        weights = elementwise(torch.exp, scores.sub_(maximum[:, None, :, None]))
+        weights = elementwise(torch.exp2, scores.sub_(maximum[:, None, :, None]))
         sums = weights.sum(-1)
         products = torch.bmm(weights.view(-1, self._rows, BLOCK), values.reshape(-1, BLOCK, dim))
         products = products.view(kv_heads, blocks, self._rows, dim)
@@ -168,7 +171,7 @@ class _State:
         if self._sum is None:
             self._sum, self._values, first = sums[:, 0], products[:, 0], 1
         else:
-            decay = elementwise(torch.exp, self._maximum - maximum)
+            decay = elementwise(torch.exp2, self._maximum - maximum)
             self._sum = self._sum * decay
             self._values = self._values * decay[..., None]
         for block in range(first, blocks):

@@ -1,6 +1,6 @@
 """One decoder for every supported family, driven by `Architecture`. Knows weights and rows; no files, no sampling.
 
-rows of all sequences, one after another, padded to the format's tile
+rows of all sequences, one after another
   embedding -> { norm -> q, k, v -> rope -> pool, attention -> output -> + ; norm -> gate, up -> down -> + } -> norm
 rows that sample -> head -> logits
 """
@@ -20,7 +20,7 @@ from llm_os.drivers.torch.attention import Plan, Stretch, attend
 from llm_os.drivers.torch.linear import Format, Linear
 from llm_os.drivers.torch.pool import KvPool
 from llm_os.drivers.torch.rope import Rotation
-from llm_os.drivers.torch.rows import ACTIVATIONS, pad_rows, rms_norm
+from llm_os.drivers.torch.rows import ACTIVATIONS, rms_norm
 
 
 def embedding_bytes(weights: Weights, format: Format) -> int:
@@ -63,14 +63,13 @@ class DecoderLayer:
         self._down = parts.linear("ffn_down")
         self._attention_norm = parts.vector("attn_norm")
         self._feed_forward_norm = parts.vector("ffn_norm")
-        self._q_norm = parts.vector("attn_q_norm") if architecture.qk_norm else None
-        self._k_norm = parts.vector("attn_k_norm") if architecture.qk_norm else None
+        self._qk_norm = parts.per_head(architecture) if architecture.qk_norm else None
         self._post_attention_norm = parts.vector("post_attention_norm") if architecture.post_norms else None
         self._post_feed_forward_norm = parts.vector("post_ffw_norm") if architecture.post_norms else None
         self.nbytes = parts.nbytes
 
     def forward(self, x: Tensor, rotation: Rotation, plan: Plan, pool: KvPool, slots: Tensor) -> Tensor:
-        """`x` [n, hidden] through this layer; writes the keys and values of the first len(slots) rows."""
+        """`x` [n, hidden] through this layer; writes the rows' keys and values at `slots` [n]."""
         eps = self._architecture.norm_eps
         attention = self._attention(rms_norm(x, self._attention_norm, eps), rotation, plan, pool, slots)
         if self._post_attention_norm is not None:
@@ -87,12 +86,14 @@ class DecoderLayer:
         qkv = self._qkv(x)
         if self._qkv_bias is not None:
             qkv = qkv + self._qkv_bias
-        q, k, v = qkv.view(len(x), -1, a.head_dim).split([a.heads, a.kv_heads, a.kv_heads], dim=1)
-        if self._q_norm is not None and self._k_norm is not None:
-            q, k = rms_norm(q, self._q_norm, a.norm_eps), rms_norm(k, self._k_norm, a.norm_eps)
-        q, k = rotation(q) * a.attention_scale, rotation(k)
-        pool.write(self._index, k[: len(slots)], v[: len(slots)], slots)
-        return self._output(attend(plan, pool, self._index, q))
+        heads = qkv.view(len(x), -1, a.head_dim)
+        qk, v = heads[:, : a.heads + a.kv_heads], heads[:, a.heads + a.kv_heads :]
+        if self._qk_norm is not None:
+            qk = rms_norm(qk, self._qk_norm, a.norm_eps)
+        qk = rotation(qk)
+        q, k = qk[:, : a.heads], qk[:, a.heads :]
+        pool.write(self._index, k, v, slots)
+        return self._output(attend(plan, pool, self._index, q, a.attention_scale))
 
 
 class Decoder:
@@ -112,16 +113,15 @@ class Decoder:
     def forward(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Tensor:
         """Feed `tokens`, the rows of all `stretches` in order; returns [n, hidden] after the last norm.
 
-        Writes their keys and values to `pool`. Rows past len(tokens) are padding.
+        Writes their keys and values to `pool`.
         """
         device = self._format.device
         positions = [stretch.position + i for stretch in stretches for i in range(stretch.length)]
-        positions += [0] * (-len(tokens) % self._format.tile)
         slots = torch.tensor([slot for s in stretches for slot in s.table.slots(s.position, s.end)], device=device)
         where = torch.tensor(positions, device=device)
         rotations: dict[Rope, Rotation] = {}
         plans: dict[int | None, Plan] = {}
-        x = pad_rows(self._embedding.rows(tokens) * self._architecture.embedding_scale, self._format.tile)
+        x = self._embedding.rows(tokens) * self._architecture.embedding_scale
         for layer in self._layers:
             if layer.rope not in rotations:
                 rotations[layer.rope] = Rotation(layer.rope, where)
@@ -132,8 +132,8 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:
         """Scores over the vocabulary for rows of `forward`'s result, [up to a tile, vocab_size] at a time."""
-        for piece in hidden.split(self._format.tile):
-            yield self._head(pad_rows(piece, self._format.tile))[: len(piece)]
+        for start in range(0, len(hidden), self._format.tile):
+            yield self._head(hidden[start : start + self._format.tile])
 
 
 class _Parts:
@@ -159,6 +159,11 @@ class _Parts:
 
     def vector(self, name: str) -> Tensor:
         return self._vector([f"{self._prefix}{name}.weight"])
+
+    def per_head(self, architecture: Architecture) -> Tensor:
+        """The norms of queries and keys, [heads + kv_heads, head_dim], so that both are one product."""
+        names = ["attn_q_norm"] * architecture.heads + ["attn_k_norm"] * architecture.kv_heads
+        return self._vector([f"{self._prefix}{name}.weight" for name in names]).view(len(names), -1)
 
     def bias(self, *names: str) -> Tensor:
         return self._vector([f"{self._prefix}{name}.bias" for name in names])

@@ -199,7 +199,7 @@ def _lay_out(sequences: tuple[Sequence, ...], resident: _Resident) -> list[Stret
 
 
 def _check_pages(pool: KvPool, pages: tuple[int, ...]) -> None:
-    if pages and not (0 <= min(pages) and max(pages) < pool.pages):
+    if pages and (min(pages) < 0 or max(pages) >= pool.pages):
         raise DriverError(f"a page number of {min(pages)} to {max(pages)} is outside the model's {pool.pages} pages")
 
 

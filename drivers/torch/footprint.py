@@ -30,7 +30,7 @@ def _layer(a: Architecture, format: Format) -> int:
         + format.nbytes(2 * a.intermediate, a.hidden)
         + format.nbytes(a.hidden, a.intermediate)
     )
-    norms = (4 if a.post_norms else 2) * a.hidden + (2 * a.head_dim if a.qk_norm else 0)
+    norms = (4 if a.post_norms else 2) * a.hidden + ((a.heads + a.kv_heads) * a.head_dim if a.qk_norm else 0)
     return matrices + 4 * (norms + (qkv if a.qkv_bias else 0))
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from llm_os.kernel.driver import Move
 
-
 _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
 

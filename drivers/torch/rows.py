@@ -30,10 +30,8 @@ def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     width = x.shape[-1]
     padded = functional.pad(x, (0, -width % _LANES)) if width % _LANES else x
     flat = padded.reshape(-1)
-    if len(flat) <= _PIECE:
-        y = function(flat)
-    else:
-        y = torch.cat([function(piece) for piece in flat.split(_PIECE)])
+    pieces = [function(flat[start : start + _PIECE]) for start in range(0, len(flat), _PIECE)]
+    y = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return y.view(padded.shape)[..., :width]
 
 
@@ -53,8 +51,3 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu_tanh":
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (Zhang and Sennrich 2019) over the last dimension of a float32 `x`."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-def pad_rows(x: Tensor, multiple: int) -> Tensor:
-    """`x` [n, width] with zero rows appended up to a multiple of `multiple`."""
-    return functional.pad(x, (0, 0, 0, -len(x) % multiple)) if len(x) % multiple else x
