@@ -128,7 +128,8 @@ class _File:
             self._fail(
                 "a zip archive (a PyTorch checkpoint?), not safetensors; pickles can run code and are never loaded"
             )
-        if start[:1] == b"\x80" or start in (b"(dp0", b"(lp0", b"cos\n", b"cpos", b"c__b"):
+        # From protocol 2 on a pickle starts with its protocol; older ones with a mark, a container or a global.
+        if start[:1] == b"\x80" or (start[:1] in (b"(", b")", b"}", b"]", b"c") and self._data[-1:] == b"."):
             self._fail("a pickle, not safetensors; pickles can run code and are never loaded")
         self._fail("not a safetensors file: no JSON header")
 
