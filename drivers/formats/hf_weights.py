@@ -76,6 +76,9 @@ class HfWeights:
     def names(self) -> tuple[str, ...]:
         return tuple(self._open())
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self._open().items()}
+
     def close(self) -> None:
         """Drops the views; a mapping goes with the last one that a caller still holds. Idempotent."""
         self._tensors = None

@@ -159,7 +159,7 @@ def _open_gguf(path: Path, name: str) -> ModelImage:
         raise Unsupported(f"{path}: one part of a split model; join the parts with llama-gguf-split --merge")
     hyperparameters = gguf_architecture(file)
     weights = GgufWeights(file, hyperparameters)
-    check_tensors(weights, hyperparameters, str(path), ignored=ROPE_TENSORS)
+    check_tensors(weights.shapes(), hyperparameters, str(path), ignored=ROPE_TENSORS)
     tokenizer = tokenizer_from_gguf(file.metadata, str(path))
     return ModelImage(
         name=name,
@@ -182,7 +182,7 @@ def _open_directory(path: Path, name: str) -> ModelImage:
     weights = HfWeights(read_directory(path), hf_family(fields), str(path))
     hyperparameters = hf_architecture(fields, has_head="output.weight" in weights)
     # transformers ignores a head that is stored although it is tied to the embedding
-    check_tensors(weights, hyperparameters, str(path), ignored=frozenset({"output.weight"}))
+    check_tensors(weights.shapes(), hyperparameters, str(path), ignored=frozenset({"output.weight"}))
     generation = read_object(path / "generation_config.json") or {}
     return ModelImage(
         name=name,

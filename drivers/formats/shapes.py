@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from llm_os.drivers.formats.architecture import Architecture
 from llm_os.drivers.formats.mapped import shown
-from llm_os.drivers.formats.weights import Weights
 from llm_os.kernel.errors import FormatError, Unsupported
 
 Shapes = dict[str, tuple[int, ...]]
@@ -46,20 +45,18 @@ def _layer_shapes(a: Architecture) -> Shapes:
     return shapes
 
 
-def check_tensors(weights: Weights, architecture: Architecture, file: str, ignored: frozenset[str]) -> None:
-    """Raises FormatError for a missing tensor or a wrong shape, Unsupported for one that nobody would read.
-
-    A tensor that is neither needed nor in `ignored` means that the model computes something else than we would.
+def check_tensors(found: Shapes, architecture: Architecture, file: str, ignored: frozenset[str]) -> None:
+    """`found` are the file's tensors. Raises FormatError for a missing one or a wrong shape, Unsupported for one that
+    nobody would read: one that is neither needed nor in `ignored` means that the model computes something else.
     """
-    shapes = tensor_shapes(architecture)
-    for name, expected in shapes.items():
-        if name not in weights:
+    needed = tensor_shapes(architecture)
+    for name, expected in needed.items():
+        if name not in found:
             raise FormatError(f"{file}: tensor {name} is missing; expected with shape {_text(expected)}")
-        found = weights[name].shape
-        if found != expected:
-            raise FormatError(f"{file}: tensor {name} has shape {_text(found)}; expected {_text(expected)}")
-    for name in weights.names():
-        if name not in shapes and name not in ignored:
+        if found[name] != expected:
+            raise FormatError(f"{file}: tensor {name} has shape {_text(found[name])}; expected {_text(expected)}")
+    for name in found:
+        if name not in needed and name not in ignored:
             raise Unsupported(
                 f"{file}: tensor {shown(name)} has no place in a model of the {architecture.family} family as this "
                 "version runs it"

@@ -26,7 +26,7 @@ def opened(path: Path) -> tuple[Architecture, GgufWeights]:
     file = GgufFile(path)
     architecture = gguf_architecture(file)
     weights = GgufWeights(file, architecture)
-    check_tensors(weights, architecture, str(path), ROPE_TENSORS)
+    check_tensors(weights.shapes(), architecture, str(path), ROPE_TENSORS)
     return architecture, weights
 
 
