@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Library
 from llm_os.drivers.formats.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from llm_os.drivers.formats.score_merges import ScoreMerges
 from llm_os.drivers.formats.streaming import Utf8Decoder
-from llm_os.drivers.formats.vocabulary import Kind, SpecialTokens, Vocabulary
+from llm_os.drivers.formats.vocabulary import BYTES_OF_CHARACTERS, Kind, SpecialTokens, Vocabulary
 from llm_os.kernel.errors import FormatError, RequestError, Unsupported
 
 MAX_TEXT = 8_000_000  # characters of one text: the library's regex engine gives up after ten million steps back
@@ -113,8 +113,12 @@ class _Gguf:
     def _byte_level(self, tokens: list[str]) -> Tokenizer:
         pre = self._pre_tokenizer()
         vocabulary = self._vocabulary(tokens, byte_level=True, bos=None, eos=None)
-        library = self._library(tokens, pre)
+        known = set(tokens)
+        # A byte that is no token vanishes in the end, but until then it keeps its neighbours from merging.
+        holes = [character for character in BYTES_OF_CHARACTERS if character not in known]
+        library = self._library([*tokens, *holes], pre)
         chat, raw = self._finders(vocabulary)
+        size = len(tokens)
 
         def encode(text: str, special: bool) -> list[int]:
             ids: list[int] = []
@@ -123,7 +127,7 @@ class _Gguf:
                     ids.append(part)
                 else:
                     ids += library.encode(part, add_special_tokens=False).ids
-            return ids
+            return [token for token in ids if token < size] if holes else ids
 
         return Tokenizer(vocabulary, encode, add_bos=self._add_bos(vocabulary, pre.add_bos), prefix_space=False)
 

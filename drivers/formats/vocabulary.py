@@ -82,14 +82,13 @@ _FILL_NAMES = frozenset(
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def bytes_of_characters() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019): character -> byte."""
+def _bytes_of_characters() -> dict[str, int]:
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(shown)]
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-_BYTES = bytes_of_characters()
+BYTES_OF_CHARACTERS = _bytes_of_characters()  # GPT-2's printable stand-ins for bytes (Radford et al. 2019)
 
 
 class Vocabulary:
@@ -172,7 +171,7 @@ class Vocabulary:
         if not self._byte_level:
             return text.replace("▁", " ").encode()
         try:
-            return bytes([_BYTES[character] for character in text])
+            return bytes([BYTES_OF_CHARACTERS[character] for character in text])
         except KeyError:
             return text.encode()
 
