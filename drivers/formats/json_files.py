@@ -49,10 +49,10 @@ def _read(path: Path, limit: int) -> bytes | None:
             return None
         if not path.is_file():  # a named pipe would block for ever
             raise FormatError(f"{path}: not a regular file")
+        size = path.stat().st_size
+        if size > limit:
+            raise FormatError(f"{path}: has {size} bytes; the limit is {limit}")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            return file.read(size)  # allocates as much as it is asked for
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be read: {error}") from None
-    if len(data) > limit:
-        raise FormatError(f"{path}: has more than {limit} bytes")
-    return data

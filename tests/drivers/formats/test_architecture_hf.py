@@ -265,5 +265,5 @@ def test_json_that_is_no_object_is_named(tmp_path: Path, text: str, problem: str
 def test_a_huge_json_file_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"a": "' + "x" * 100 + '"}')
-    with pytest.raises(FormatError, match="has more than 99 bytes"):
+    with pytest.raises(FormatError, match="has 109 bytes; the limit is 99"):
         read_object(path, limit=99)

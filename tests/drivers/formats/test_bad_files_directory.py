@@ -27,9 +27,9 @@ Attempt = Callable[[], Error | None]
 def attempt(model_directory: Path) -> Iterator[Attempt]:
     """Opens the model and reads all of it; returns the Error that refused it, None when it is sound."""
     tracemalloc.start()
-    size = sum(path.stat().st_size for path in model_directory.iterdir())
 
     def open_and_use() -> Error | None:
+        size = sum(path.stat().st_size for path in model_directory.iterdir())
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
         try:
