@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -13,12 +14,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llm_os.drivers.formats.architecture import Architecture
+from llm_os.drivers.formats.fields import Fields
+from llm_os.drivers.formats.hf_architecture import hf_architecture
 from llm_os.drivers.formats.image import open_image
+from llm_os.drivers.formats.json_files import decode_object
 from llm_os.drivers.formats.shapes import tensor_shapes
 from llm_os.kernel.errors import Error, FormatError
 
 NUMBERS = [0, 1, -1, 2**31, 2**63 - 1, 2**64, 1e400, 0.5]
 STRANGE: list[Any] = [*NUMBERS, None, "x", "", [], {}, [[]], [1, "x"], {"x": None}, True, "\n\x1b[31m"]
+
+EXTRA = (
+    *("rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar"),
+    *("sliding_window", "layer_types", "max_window_layers", "sliding_window_pattern", "text_config"),
+    *("quantization_config", "attention_bias", "hidden_act", "original_max_position_embeddings"),
+)
 
 Attempt = Callable[[], Error | None]
 
@@ -58,17 +69,28 @@ def test_the_model_is_sound_before_it_is_damaged(attempt: Attempt) -> None:
 def test_any_field_of_the_config_may_be_anything(model_directory: Path, attempt: Attempt) -> None:
     path = model_directory / "config.json"
     config = json.loads(path.read_text())
-    extra = ("rope_scaling", "rope_parameters", "sliding_window", "quantization_config", "attention_bias", "head_dim")
-    for field in [*config, *extra]:
+    for field in [*config, "rope_parameters"]:
         for value in STRANGE:
             path.write_text(json.dumps(config | {field: value}))
             attempt()
 
 
+def architecture(config: dict[str, Any]) -> Architecture | None:
+    """What `config.json` with this content says; None when an Error refuses it."""
+    try:
+        return hf_architecture(
+            Fields(decode_object(json.dumps(config).encode(), "config.json"), "config.json"), has_head=True
+        )
+    except Error as error:
+        assert str(error).startswith("config.json: ")
+        assert "\n" not in str(error)
+        return None
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "longrope", "yarn"])
-def test_any_field_of_a_rope_may_be_anything(model_directory: Path, attempt: Attempt, kind: str) -> None:
-    path = model_directory / "config.json"
-    config = json.loads(path.read_text())
+def test_any_field_of_a_rope_may_be_anything(model_directory: Path, kind: str, key: str) -> None:
+    config = json.loads((model_directory / "config.json").read_text())
     rope = {
         "rope_type": kind,
         "rope_theta": 1e4,
@@ -78,25 +100,29 @@ def test_any_field_of_a_rope_may_be_anything(model_directory: Path, attempt: Att
         "original_max_position_embeddings": 32,
         "short_factor": [1.0] * 4,
         "long_factor": [1.0] * 4,
+        "attention_factor": 1.0,
+        "partial_rotary_factor": 0.5,
     }
-    for key in ("rope_scaling", "rope_parameters"):
-        path.write_text(json.dumps(config | {key: rope}))
-        assert (attempt() is None) == (kind != "yarn")
-        for field in rope:
-            for value in [*STRANGE, [0.0] * 4, [1e400] * 4]:
-                path.write_text(json.dumps(config | {key: rope | {field: value}}))
-                attempt()
+    assert (architecture(config | {key: rope | {"partial_rotary_factor": 1.0}}) is None) == (kind == "yarn")
+    for field in rope:
+        for value in [*STRANGE, [0.0] * 4, [1e400] * 4, [1.0, 1.0]]:
+            found = architecture(config | {key: rope | {field: value}})
+            if found is not None:
+                numbers = [x for layer in found.layers for x in (layer.rope.base, *(layer.rope.factors or ()))]
+                assert all(0 < number < math.inf for number in numbers)
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "phi3"])
-def test_any_field_of_another_family_may_be_anything(model_directory: Path, attempt: Attempt, model_type: str) -> None:
-    path = model_directory / "config.json"
-    config = json.loads(path.read_text()) | {"model_type": model_type, "use_sliding_window": True}
-    fields = ("sliding_window", "layer_types", "max_window_layers", "sliding_window_pattern", "text_config")
-    for field in (*fields, "query_pre_attn_scalar", "rope_local_base_freq", "use_sliding_window", "hidden_size"):
-        for value in [*STRANGE, ["full_attention", "x"], [None, None]]:
-            path.write_text(json.dumps(config | {field: value}))
-            attempt()
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "phi3"])
+def test_any_field_of_any_family_may_be_anything(model_directory: Path, model_type: str) -> None:
+    config = json.loads((model_directory / "config.json").read_text())
+    config |= {"model_type": model_type, "use_sliding_window": True}
+    assert architecture(config) is not None
+    for field in (*config, *EXTRA):
+        for value in [*STRANGE, ["full_attention", "x"], [None, None], {"full_attention": 1}]:
+            found = architecture(config | {field: value})
+            if found is not None:
+                assert 0 < found.attention_scale < math.inf
+                assert all(layer.window is None or layer.window > 0 for layer in found.layers)
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
@@ -143,12 +169,12 @@ def test_a_file_cut_anywhere_is_refused(model_directory: Path, attempt: Attempt)
 
 
 def test_a_header_with_a_million_values_is_refused(model_directory: Path, attempt: Attempt) -> None:
-    text = b'{"a":[' + b"0," * 2**20 + b"0]}"
+    text = b'{"a":[' + b"0," * (2**20 + 1) + b"0]}"
     (model_directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     assert "more than 1048576 JSON values" in str(attempt())
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     st.sampled_from(["model.safetensors", "config.json", "generation_config.json", "tokenizer_config.json"]),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),

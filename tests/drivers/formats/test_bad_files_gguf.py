@@ -167,7 +167,7 @@ def test_sizes_that_the_tensors_do_not_have_are_refused_by_name(sound: bytes, at
             assert field[0] in str(attempt(replaced(sound, field, value)))
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8), st.booleans()
 )
