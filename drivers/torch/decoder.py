@@ -9,41 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from llm_os.drivers.formats.architecture import Architecture, Rope
-from llm_os.drivers.formats.weights import Weights, WeightTensor
+from llm_os.drivers.formats.weights import Weights
 from llm_os.drivers.torch.attention import Plan, Stretch, attend
+from llm_os.drivers.torch.embedding import open_embedding
 from llm_os.drivers.torch.linear import Format, Linear
 from llm_os.drivers.torch.pool import KvPool
 from llm_os.drivers.torch.rope import Rotation
 from llm_os.drivers.torch.rows import ACTIVATIONS, rms_norm
-
-
-def embedding_bytes(weights: Weights, format: Format) -> int:
-    """What the embedding will hold, before it is loaded."""
-    return weights["token_embd.weight"].data.nbytes
-
-
-class Embedding:
-    """Token vectors as the file holds them, dequantized where they are read. Stays in host memory."""
-
-    def __init__(self, tensor: WeightTensor, device: torch.device) -> None:
-        self._tensor = msgspec.structs.replace(tensor, data=tensor.data.copy())  # no view of the file outlives the load
-        self._device = device
-
-    @property
-    def nbytes(self) -> int:
-        return self._tensor.data.nbytes
-
-    def rows(self, tokens: list[int]) -> Tensor:
-        """[len(tokens), hidden], float32."""
-        data = self._tensor.data[np.array(tokens)]
-        picked = msgspec.structs.replace(self._tensor, data=data, shape=(len(tokens), self._tensor.shape[1]))
-        return torch.from_numpy(picked.float32()).to(self._device)
 
 
 class DecoderLayer:
@@ -103,11 +80,12 @@ class Decoder:
         """Load layer by layer: besides what stays, a part of one matrix is held at a time. Raises FormatError."""
         self._architecture = architecture
         self._format = format
-        self._embedding = Embedding(weights["token_embd.weight"], format.device)
+        self._embedding = open_embedding(weights, format)
         self._layers = [DecoderLayer(architecture, i, weights, format) for i in range(len(architecture.layers))]
         parts = _Parts(weights, "", format)
         self._norm = parts.vector("output_norm")
-        self._head = parts.linear("token_embd" if architecture.tied_embeddings else "output")
+        shared = self._embedding.head(format) if architecture.tied_embeddings else None
+        self._head = shared or parts.linear("token_embd" if architecture.tied_embeddings else "output")
         self.nbytes = self._embedding.nbytes + sum(layer.nbytes for layer in self._layers) + parts.nbytes
 
     def forward(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Tensor:

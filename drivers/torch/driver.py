@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
@@ -19,7 +20,8 @@ from msgspec import Struct
 from llm_os.drivers.formats.architecture import Architecture
 from llm_os.drivers.formats.weights import Weights
 from llm_os.drivers.torch.attention import Stretch
-from llm_os.drivers.torch.decoder import Decoder, embedding_bytes
+from llm_os.drivers.torch.decoder import Decoder
+from llm_os.drivers.torch.embedding import embedding_bytes
 from llm_os.drivers.torch.footprint import measure
 from llm_os.drivers.torch.linear import choose_format
 from llm_os.drivers.torch.pool import KvPool, PageTable
@@ -127,8 +129,13 @@ class TorchDriver:
             raise DriverError(f"model {model!r} is already loaded; unload it first")
         contents = _contents(image)
         a = contents.hyperparameters
-        decoder = Decoder(a, contents.weights, self._format)
-        pool = KvPool(len(a.layers), a.kv_heads, a.head_dim, placement.page_tokens, placement.pages, self._device)
+        try:
+            decoder = Decoder(a, contents.weights, self._format)
+            pool = KvPool(len(a.layers), a.kv_heads, a.head_dim, placement.page_tokens, placement.pages, self._device)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what was loaded so far
+            _give_back(self._device)
+            raise
         self._models[model] = _Resident(a, decoder, pool)
 
     def _unload(self, model: str) -> None:

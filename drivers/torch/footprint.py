@@ -13,7 +13,8 @@ def measure(
 ) -> Footprint:
     """Extents are the embedding (`embedding` bytes), each layer, and the last norm with the head."""
     a = architecture
-    head = format.nbytes(a.vocab_size, a.hidden) + a.hidden * 4
+    shared = a.tied_embeddings and not format.embedding_in_file_type
+    head = a.hidden * 4 + (0 if shared else format.nbytes(a.vocab_size, a.hidden))
     return Footprint(
         extents=(embedding, *(_layer(a, format) for _ in a.layers), head),
         kv_bytes_per_token=len(a.layers) * 2 * a.kv_heads * a.head_dim * 4,

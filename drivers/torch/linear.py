@@ -117,22 +117,26 @@ class Format(Struct, frozen=True):
 
     dtype: torch.dtype
     tile: int  # rows of every matrix product
-    packed: bool
+    packed: bool  # oneDNN's layout, where the shape allows it
     device: torch.device
+    embedding_in_file_type: bool  # rows of the embedding are dequantized on the host, where they are read
 
     def linear(self, tensors: list[WeightTensor]) -> Linear:
         """One matrix from the rows of several, which have the same number of columns."""
-        columns = tensors[0].shape[1]
         rows = sum(tensor.shape[0] for tensor in tensors)
-        parts = (part.to(self.device, self.dtype) for part in _row_parts(tensors))
-        if self.packed and PackedLinear.fits(rows, columns):
-            return PackedLinear(parts, self.tile)
-        weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
+        if self.packed and PackedLinear.fits(rows, tensors[0].shape[1]):
+            return PackedLinear((part.to(self.dtype) for part in _row_parts(tensors)), self.tile)
+        return DenseLinear(self.dense(tensors), self.tile)
+
+    def dense(self, tensors: list[WeightTensor]) -> Tensor:
+        """The rows of `tensors` as one plain matrix on the device."""
+        rows = sum(tensor.shape[0] for tensor in tensors)
+        weight = torch.empty(rows, tensors[0].shape[1], dtype=self.dtype, device=self.device)
         filled = 0
-        for part in parts:
+        for part in _row_parts(tensors):
             weight[filled : filled + len(part)] = part
             filled += len(part)
-        return DenseLinear(weight, self.tile)
+        return weight
 
     def nbytes(self, rows: int, columns: int) -> int:
         """What `linear` will hold for a weight of this shape."""
@@ -147,9 +151,9 @@ def choose_format(precision: str, device: torch.device) -> Format:
     if device.type == "cpu":
         packed = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         if precision == "fast" and packed and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _multiplies_bfloat16():
-            return Format(torch.bfloat16, 32, packed, device)
-        return Format(torch.float32, 16, packed, device)
-    return Format(torch.bfloat16 if precision == "fast" else torch.float32, 16, False, device)
+            return Format(torch.bfloat16, 32, packed, device, True)
+        return Format(torch.float32, 16, packed, device, True)
+    return Format(torch.bfloat16 if precision == "fast" else torch.float32, 16, False, device, False)
 
 
 def _multiplies_bfloat16() -> bool:
