@@ -90,6 +90,10 @@ class Store:
         """One line for each entry of the store that cannot be used, with the way out."""
         return self._shelf.list()[1]
 
+    def aliases(self) -> tuple[str, ...]:
+        """The short names that `pull` knows, sorted: the shipped ones and the user's. Raises ConfigError."""
+        return tuple(sorted(self._aliases()))
+
     def remove(self, model: str) -> None:
         """Remove `model`; bytes that another model shares stay. Raises ModelNotFound if it is not in the store."""
         with _as_store_error(self.path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,19 @@ def test_a_connection_that_is_not_accepted_is_given_up_after_the_timeout(
 def test_a_name_that_does_not_resolve_is_one_line(store: Store, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
     assert "http://hub.invalid: " in fails(store, "hf:org/repo/m.gguf")
+
+
+def test_a_resolver_that_does_not_answer_is_given_up_after_the_timeout(
+    hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: answer.wait(30))
+    try:
+        message = fails(Store(connect_timeout_s=0.05), "hf:org/repo/m.gguf")
+        assert not answer.is_set()
+    finally:
+        answer.set()
+    assert "its name was not resolved within 0.05 s" in message
 
 
 @pytest.mark.parametrize("endpoint", ["nonsense", "http:", "file:///etc", "http://127.0.0.1:99999", "http://[::1"])

@@ -77,3 +77,19 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"x\.lock"):
         lock.try_acquire(tmp_path / "x.lock")
     assert not (tmp_path / "victim").exists()
+
+
+def test_a_file_that_its_last_holder_removes_meanwhile_is_not_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.lock"
+    lock_it = lock._lock
+
+    def released_just_now(descriptor: int) -> bool:
+        monkeypatch.setattr(lock, "_lock", lock_it)
+        path.unlink()
+        return lock_it(descriptor)
+
+    monkeypatch.setattr(lock, "_lock", released_just_now)
+    with lock.held(path):
+        assert lock.try_acquire(path) is None

@@ -141,6 +141,15 @@ def test_cancelling_stops_a_pull_and_leaves_nothing(
     assert store.list() == ()
 
 
+def test_a_cancelled_pull_tries_no_other_source(store: Store, origin: Path, add_alias: Callable[..., None]) -> None:
+    add_alias("m", *({"source": f"file:{origin}", "sha256": sha256(CONTENT)} for _ in range(2)))
+    told: list[Progress] = []
+    answers = iter((False, False, False, True))  # then no longer: the second source would be let through
+    with pytest.raises(StoreError, match="cancelled"):
+        store.pull("m", progress=told.append, cancelled=lambda: next(answers, False))
+    assert store.list() == ()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError, ZeroDivisionError])
 def test_what_the_callers_progress_raises_comes_through_and_nothing_is_left(
     store: Store, tiny: str, error: type[BaseException], leftovers: Callable[[], list[str]]
@@ -293,6 +302,20 @@ def test_links_among_partial_and_content_are_removed_and_not_followed(
     assert leftovers() == []
 
 
+def test_content_that_was_replaced_by_a_link_is_not_resolved(
+    store: Store, tiny: str, tmp_path: Path, leftovers: Callable[[], list[str]]
+) -> None:
+    path = store.pull(tiny)
+    path.parent.rename(tmp_path / "outside")
+    path.parent.symlink_to(tmp_path / "outside")
+    with pytest.raises(ModelNotFound, match="llm-os pull"):
+        store.resolve(tiny)
+    assert store.pull(tiny) == path
+    assert not path.parent.is_symlink()
+    assert (tmp_path / "outside" / path.name).read_bytes() == CONTENT
+    assert leftovers() == []
+
+
 def test_the_store_itself_may_be_a_link_to_another_disk(store: Store, tiny: str, home: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (home / "models").symlink_to(tmp_path / "disk")
@@ -309,7 +332,7 @@ def test_a_source_larger_than_the_free_space_is_refused_before_it_is_copied(
         except OSError as error:
             pytest.skip(f"no sparse file of that size here: {error}")
     add_alias("huge", {"source": f"file:{huge}", "sha256": "0" * 64}, {"source": "file:/x", "sha256": "0" * 64})
-    with pytest.raises(StoreError, match="free some space or set LLM_OS_HOME"):
+    with pytest.raises(StoreError, match=r"^file:.* needs .* MB are free in .*; free some space or set LLM_OS_HOME"):
         store.pull("huge")
     assert leftovers() == []
 
