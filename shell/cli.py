@@ -45,9 +45,40 @@ app.command(  # named by text, so that only the command that runs is imported
         "llm-os run ./model.gguf 'def fibonacci(' --raw --max-tokens 64 --stop $'\\n\\n'",
     ),
 )
+app.command(
+    "llm_os.shell.chat:chat",
+    name="chat",
+    help="Talk with a model, with history. Ctrl-C stops an answer, Ctrl-D leaves.",
+    help_epilogue=_examples("llm-os chat smollm2:135m --temperature 0.2 --system 'You are brief.'"),
+)
+app.command(
+    "llm_os.shell.models:pull",
+    name="pull",
+    help="Download a model into the store, and print its path.",
+    help_epilogue=_examples("llm-os pull smollm2:135m", "llm-os pull hf:Qwen/Qwen3-0.6B"),
+)
+app.command(
+    "llm_os.shell.models:models",
+    name="models",
+    help="List the models in the store, and the aliases that can be pulled.",
+    help_epilogue="",
+)
+app.command(
+    "llm_os.shell.models:rm",
+    name="rm",
+    usage="Usage: llm-os rm MODEL...",
+    help="Remove models from the store. Asks nothing.",
+    help_epilogue="",
+)
+app.command(
+    "llm_os.shell.doctor:doctor",
+    name="doctor",
+    help="Show what was found on this machine, and what is wrong with it.",
+    help_epilogue="",
+)
 
 
-@app.command
+@app.command(help_epilogue="")
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
     """Print a script that completes llm-os commands and options.
 

@@ -11,6 +11,7 @@ import llm_os
 
 ANSWER = Group("Answer", sort_key=1)
 MACHINE = Group("Machine", sort_key=2)
+FLAG = Parameter(negative="", show_default=False)
 
 
 @Parameter(name="*", group=ANSWER)

@@ -49,16 +49,19 @@ class Line:
 
 
 class Waiting:
-    """While inside, and after a moment of patience, `describe()` and the seconds so far are shown. `stop` is final."""
+    """While inside, and after a moment of patience, what is waited for and the seconds so far are shown.
 
-    def __init__(self, describe: Callable[[], str]) -> None:
-        self._describe = describe
+    `describe` may be replaced on the way. `stop` is final; entering twice is entering once.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.describe: Callable[[], str] = lambda: what
         self._line = Line()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llm-os-waiting", daemon=True)
 
     def __enter__(self) -> Self:
-        if self._line.live:
+        if self._line.live and not self._stopped.is_set() and not self._thread.is_alive():
             self._thread.start()
         return self
 
@@ -74,7 +77,7 @@ class Waiting:
         begun = time.monotonic()
         if not self._stopped.wait(_PATIENCE_S):
             while not self._stopped.is_set():
-                self._line.show(f"{self._describe()} … {time.monotonic() - begun:.0f} s")
+                self._line.show(f"{self.describe()} … {time.monotonic() - begun:.0f} s")
                 self._stopped.wait(_INTERVAL_S)
         self._line.clear()
 

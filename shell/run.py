@@ -9,11 +9,11 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 import llm_os
-from llm_os.shell.options import ANSWER, MachineOptions, SamplingOptions
+from llm_os.shell.answer import Answer, state, stream
+from llm_os.shell.options import ANSWER, FLAG, MachineOptions, SamplingOptions
 from llm_os.shell.progress import Waiting, fetch
-from llm_os.shell.stdio import Answer, say
+from llm_os.shell.stdio import say
 
-FLAG = Parameter(negative="", show_default=False, group=ANSWER)
 _LONGEST_PROMPT = 16 << 20
 
 
@@ -23,8 +23,8 @@ def run(
     /,
     *,
     system: Annotated[str | None, Parameter(group=ANSWER)] = None,
-    raw: Annotated[bool, FLAG] = False,
-    json: Annotated[bool, FLAG] = False,
+    raw: Annotated[bool, FLAG, Parameter(group=ANSWER)] = False,
+    json: Annotated[bool, FLAG, Parameter(group=ANSWER)] = False,
     sampling: SamplingOptions | None = None,
     machine: MachineOptions | None = None,
 ) -> None:
@@ -55,42 +55,17 @@ def run(
         messages = [*first, {"role": "user", "content": text}]
         request = llm_os.Request(model=model, messages=messages, sampling=chosen)
     fetch(model, config)
-    completion = answer(request, config, Answer(), streamed=not json)
+    out = Answer()
+    with Waiting("starting") as waiting, llm_os.Kernel(config) as kernel:
+        waiting.describe = lambda: state(kernel, model)
+        try:
+            completion = stream(kernel, request, waiting, None if json else out.write)
+        finally:
+            out.end()
     if json:
         print(json_text.dumps(_report(completion)), flush=True)
     elif completion.finish_reason == "length" and chosen.max_tokens is None:
         say(f"llm-os: the answer ends here because there is no more room for it ({_counts(completion)})")
-
-
-def answer(request: llm_os.Request, config: llm_os.Config, out: Answer, *, streamed: bool) -> llm_os.Completion:
-    """Boot a kernel, answer, and close it. Ends the line of an answer that is cut short, whatever cuts it."""
-    running: list[llm_os.Kernel] = []
-
-    def describe() -> str:
-        return state(running[0], request.model) if running else "starting"
-
-    with Waiting(describe) as waiting, llm_os.Kernel(config) as kernel, kernel.stream(request) as stream:
-        running.append(kernel)
-        try:
-            for chunk in stream:
-                if streamed and chunk.text:
-                    waiting.stop()
-                    out.write(chunk.text)
-        finally:
-            waiting.stop()
-            out.end()
-        assert stream.completion is not None
-        return stream.completion
-
-
-def state(kernel: llm_os.Kernel, model: str) -> str:
-    """What the kernel does for the only request that it has, before the first word."""
-    if any(each.name == model and each.where == "on device" for each in kernel.models()):
-        for process in kernel.ps():
-            if process.completion_tokens == 0 and process.prompt_tokens:
-                return f"reading the prompt, {process.computed_tokens} of {process.prompt_tokens} tokens"
-        return "answering"
-    return f"loading {model}"
 
 
 def _prompt(given: str | None, raw: bool) -> str:

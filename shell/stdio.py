@@ -42,27 +42,6 @@ def say(text: str) -> None:
         return
 
 
-class Answer:
-    """An answer on its way to stdout, as it comes. What a terminal would obey instead of show is shown as �."""
-
-    def __init__(self) -> None:
-        self.open_line = False
-        self._terminal = sys.stdout.isatty()
-
-    def write(self, text: str) -> None:
-        if text:
-            sys.stdout.write(printable(text) if self._terminal else text)
-            sys.stdout.flush()
-            self.open_line = not text.endswith("\n")
-
-    def end(self) -> None:
-        """The next thing begins on a line of its own."""
-        if self.open_line:
-            self.open_line = False
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-
-
 def abandon_stdout() -> None:
     """After a broken pipe: nothing more is written, not even by the interpreter as it ends."""
     devnull = os.open(os.devnull, os.O_WRONLY)

@@ -1,0 +1,57 @@
+"""An answer on its way from a kernel to stdout, and what is shown until its first word.
+
+Knows streams and terminals; does not know commands.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import llm_os
+from llm_os.shell.progress import Waiting
+from llm_os.shell.stdio import printable
+
+
+class Answer:
+    """Text to stdout, as it comes. What a terminal would obey instead of show is shown as �."""
+
+    def __init__(self) -> None:
+        self._open_line = False
+        self._terminal = sys.stdout.isatty()
+
+    def write(self, text: str) -> None:
+        if text:
+            sys.stdout.write(printable(text) if self._terminal else text)
+            sys.stdout.flush()
+            self._open_line = not text.endswith("\n")
+
+    def end(self) -> None:
+        """The next thing begins on a line of its own."""
+        if self._open_line:
+            self._open_line = False
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def stream(
+    kernel: llm_os.Kernel, request: llm_os.Request, waiting: Waiting, write: Callable[[str], None] | None
+) -> llm_os.Completion:
+    """Hand each piece of the answer to `write`. Raises what the stream raises; leaving early ends the process."""
+    with waiting, kernel.stream(request) as chunks:
+        for chunk in chunks:
+            if write is not None and chunk.text:
+                waiting.stop()
+                write(chunk.text)
+        assert chunks.completion is not None
+        return chunks.completion
+
+
+def state(kernel: llm_os.Kernel, model: str) -> str:
+    """What a kernel with one request does before the first word of its answer."""
+    if not any(info.name == model and info.where == "on device" for info in kernel.models()):
+        return f"loading {model}"
+    for process in kernel.ps():
+        if process.prompt_tokens and process.completion_tokens == 0:
+            return f"reading the prompt, {process.computed_tokens} of {process.prompt_tokens} tokens"
+    return "answering"
