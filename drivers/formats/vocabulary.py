@@ -180,25 +180,28 @@ class SpecialTokens:
     """Finds tokens that are recognised by their text. The longest at the leftmost place wins, in linear time."""
 
     def __init__(self, tokens: Sequence[tuple[int, str]], strip_after: Set[str] = frozenset()) -> None:
-        """`strip_after` are texts that take the white space after them along."""
-        self._ids = [token for token, _ in tokens]
+        """`strip_after` are texts that take the (ASCII) white space after them along."""
+        self._tokens = [(token, text in strip_after) for token, text in tokens]
         self._matcher = Library(models.BPE())  # no vocabulary: what is between the tokens vanishes
-        self._matcher.add_special_tokens(
-            [AddedToken(text, rstrip=text in strip_after, normalized=False, special=True) for _, text in tokens]
-        )
+        self._matcher.add_special_tokens([AddedToken(text, normalized=False, special=True) for _, text in tokens])
 
     def split(self, text: str) -> list[int | str]:
         """Token ids and the non-empty pieces of text between them, in order."""
-        if not self._ids:
+        if not self._tokens:
             return [text] if text else []
         found = self._matcher.encode(text, add_special_tokens=False)
         parts: list[int | str] = []
         at = 0
         for index, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if start < at:  # white space that the token before it has taken
+                continue
             if start > at:
                 parts.append(text[at:start])
-            parts.append(self._ids[index])
+            token, strip = self._tokens[index]
+            parts.append(token)
             at = end
+            while strip and at < len(text) and text[at] in " \t\n\v\f\r":
+                at += 1
         if at < len(text):
             parts.append(text[at:])
         return parts
