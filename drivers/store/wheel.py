@@ -190,7 +190,8 @@ class _Output:
         if any("Errno 28" in line for line in self._lines):
             return DiskFull(f"{source}: the disk is full; free some space or set LLM_OS_HOME to another disk")
         if broken := [found[1] for line in self._lines if (found := _CONNECTION.search(line))]:
+            reason = broken[-1].rpartition(">: ")[2].rstrip("')\"")
             return StoreError(
-                f"{source}: the package index does not answer ({broken[-1]}); check the network or pip config"
+                f"{source}: the package index does not answer ({reason}); check the network or pip config"
             )
         return StoreError(f"{source}: pip: {last}")
