@@ -20,7 +20,7 @@ from msgspec import Struct
 from llm_os.kernel.config import Config
 from llm_os.kernel.driver import Batch, DeviceInfo, DeviceMemory, Footprint, Move, Placement, Row, Sample, Sampled
 from llm_os.kernel.driver import Sequence as Rows
-from llm_os.kernel.errors import DriverError, ModelNotFound, Unsupported
+from llm_os.kernel.errors import Closed, DriverError, ModelNotFound, Unsupported
 from llm_os.kernel.image import Image
 from llm_os.kernel.request import SamplingDefaults
 
@@ -213,7 +213,7 @@ class SimDriver:
         future: Future[Any] = Future()
         try:
             if self._closed:
-                raise DriverError("the driver is closed")
+                raise Closed("the sim driver is closed")
             future.set_result(work())
         except Exception as error:
             future.set_exception(error)

@@ -156,7 +156,7 @@ class Driver(Protocol):
     def memory(self) -> DeviceMemory: ...
 
     def close(self) -> None:
-        """Wait for what is in flight, then give everything back. Idempotent."""
+        """Wait for what is in flight, then give everything back. Idempotent. Operations after it raise Closed."""
         ...
 
 
