@@ -1,4 +1,8 @@
-"""Which models are where: on disk, on the way, on the device. Sizes and states only, no files, no tensors."""
+"""Which models are where: on disk, on the way, on the device. Sizes and states only, no files, no tensors.
+
+A request for a model that is not on the device is a model fault: the image is opened, memory is claimed, the weights
+are loaded, while whoever needs them waits. Knows nothing of processes: the core tells them.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ from enum import StrEnum
 
 from msgspec import Struct
 
+from llm_os.kernel import events as ev
 from llm_os.kernel.driver import Footprint, Placement
 from llm_os.kernel.errors import Refused, Unsupported
+from llm_os.kernel.flights import Flights
 from llm_os.kernel.image import Image
 from llm_os.kernel.memory import Memory, Slab, fit_page_tokens
 
@@ -47,10 +53,14 @@ class Model:
     footprint: Footprint | None = None
     placement: Placement | None = None
     slab: Slab | None = None
-    wanted: bool = False  # somebody waits for the weights
     load_tickets: list[int] = field(default_factory=list)
     unload_tickets: list[int] = field(default_factory=list)
     last_run: int = 0  # the operation that ran it last, for taking turns
+
+    @property
+    def leaving(self) -> bool:
+        """It has been asked to go: who needs it waits until it has gone, and has it opened again."""
+        return self.where is Where.EVICTING or bool(self.unload_tickets)
 
     def place(self, memory: Memory, page_tokens: int | None) -> Placement:
         """Claim memory for weights and workspace and cut pages. Raises Refused or Unsupported, claiming nothing."""
@@ -94,3 +104,55 @@ class Model:
             pages=len(self.slab.references) if self.slab else 0,
             context_length=self.image.context_length if self.image else 0,
         )
+
+
+class Residency:
+    """The models of one device, and their way onto it and off it."""
+
+    def __init__(self, memory: Memory, flights: Flights, page_tokens: int | None) -> None:
+        self.models: dict[str, Model] = {}
+        self._memory = memory
+        self._flights = flights
+        self._page_tokens = page_tokens
+
+    def open(self, name: str) -> Model:
+        """The model of that name; its image is on the way if nobody asked for it before."""
+        if name not in self.models:
+            self.models[name] = Model(name)
+            self._flights.start(ev.Open(self._flights.next_id(), name))
+        return self.models[name]
+
+    def opened(self, model: Model, result: ev.Opened) -> None:
+        model.where, model.image, model.footprint = Where.ON_DISK, result.image, result.footprint
+
+    def load(self, model: Model) -> None:
+        """Claim memory and start the load of a model that is on disk. Raises Refused or Unsupported."""
+        assert model.image is not None and model.where is Where.ON_DISK
+        placement = model.place(self._memory, self._page_tokens)
+        model.where = Where.LOADING
+        self._flights.start(ev.Load(self._flights.next_id(), model.name, model.image, placement))
+
+    def loaded(self, model: Model) -> None:
+        model.where = Where.ON_DEVICE
+        for ticket in model.load_tickets:
+            self._flights.emit(ev.Reply(ticket))
+        model.load_tickets.clear()
+
+    def evict(self, model: Model) -> None:
+        """Start to take an idle model off the device."""
+        model.where = Where.EVICTING
+        self._flights.start(ev.Unload(self._flights.next_id(), model.name))
+
+    def forget(self, model: Model, error: Exception | None = None) -> None:
+        """The model is gone, or could not be had: give back what it had, answer who asked for that, close its file."""
+        if model.placement is not None:
+            model.displace(self._memory)
+        for ticket in model.unload_tickets:
+            self._flights.emit(ev.Reply(ticket, error))
+        if error is not None:
+            for ticket in model.load_tickets:
+                self._flights.emit(ev.Reply(ticket, error))
+            model.load_tickets.clear()
+        if model.image is not None:
+            self._flights.emit(ev.Close(model.image))
+        del self.models[model.name]

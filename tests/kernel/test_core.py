@@ -252,6 +252,19 @@ def test_a_request_that_meets_its_model_on_the_way_out_waits_for_it_to_come_back
 
 
 @pytest.mark.parametrize("moment", [ev.Open, ev.Encode, ev.Load, ev.Run])
+def test_whoever_comes_while_an_unload_waits_is_served_after_it(machine: Any, moment: type) -> None:
+    m = machine()
+    m.submit(1)
+    m.until(moment)
+    m.post(ev.Kill(1), ev.UnloadModel(2, "sim:a"))
+    m.submit(3)
+    m.post(ev.LoadModel(4, "sim:a"))
+    m.settle()
+    assert m.replies[2].error is None and m.replies[4].error is None
+    assert m.tokens(3) == m.expected(3) and m.closed_images == 1
+
+
+@pytest.mark.parametrize("moment", [ev.Open, ev.Encode, ev.Load, ev.Run])
 def test_halt_at_any_moment_ends_everything(machine: Any, moment: type) -> None:
     m = machine()
     m.submit(1)
