@@ -219,3 +219,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def test_a_variant_that_would_answer_wrongly_is_unsupported(write_gguf: WriteGguf, problem: str) -> None:
     with pytest.raises(Unsupported, match=problem):
         opened(write_gguf(*VARIANTS[problem]))
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(0.25, 0.25), (0.0, 16**-0.5), (None, 16**-0.5)])
+def test_a_given_attention_scale_counts_unless_it_is_zero(
+    write_gguf: WriteGguf, scale: float | None, expected: float
+) -> None:
+    metadata = {"llama.attention.scale": scale, "llama.attention.key_length": 16, "llama.attention.value_length": 16}
+    assert gguf_architecture(GgufFile(write_gguf(metadata=metadata))).attention_scale == pytest.approx(expected)
+
+
+def test_gemma3_27b_scales_by_hidden_per_head(write_gguf: WriteGguf) -> None:
+    metadata = {"gemma3.attention.key_length": 16, "gemma3.attention.value_length": 16}
+    small = gguf_architecture(GgufFile(write_gguf("gemma3", metadata)))
+    large = gguf_architecture(GgufFile(write_gguf("gemma3", metadata | {"gemma3.block_count": 62})))
+    assert small.attention_scale == pytest.approx(16**-0.5)
+    assert large.attention_scale == pytest.approx((HIDDEN / HEADS) ** -0.5)

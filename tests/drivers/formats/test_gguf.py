@@ -182,6 +182,16 @@ def test_a_header_that_exceeds_the_limit_is_refused(opened: Opened, monkeypatch:
         opened(header(kv("a", 8, struct.pack("<Q", 100) + bytes(100))))
 
 
+def test_the_limit_on_elements_holds_for_all_arrays_together(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "MAX_ELEMENTS", 5)
+    strings = struct.pack("<IQ", 8, 3) + bytes(24)
+    numbers = struct.pack("<IQ", 0, 3) + bytes(3)
+    assert opened(header(kv("a", 9, strings))).metadata["a"] == ["", "", ""]
+    for pairs in ([strings, strings], [numbers, strings], [strings, numbers]):
+        with pytest.raises(FormatError, match="length of metadata 'b' is 3; the limit is 2"):
+            opened(header(*(kv(key, 9, value) for key, value in zip("ab", pairs, strict=True))))
+
+
 def test_a_directory_and_an_empty_file_are_no_models(tmp_path: Path, opened: Opened) -> None:
     with pytest.raises(FormatError, match="not a regular file"):
         GgufFile(tmp_path)
