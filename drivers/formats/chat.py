@@ -14,7 +14,8 @@ from typing import Any
 
 from jinja2 import Template, TemplateSyntaxError, UndefinedError
 
-from llm_os.drivers.formats.sandbox import CHARACTERS, FILENAME, Budget, Sandbox, breadth
+from llm_os.drivers.formats.budget import CHARACTERS, Budget, breadth
+from llm_os.drivers.formats.sandbox import FILENAME, Sandbox
 from llm_os.kernel.errors import Error, FormatError, RequestError
 
 MAX_SOURCE = 128 * 1024  # characters

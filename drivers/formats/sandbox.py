@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Sized
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -23,57 +23,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
-CHARACTERS = 64  # that one unit pays for
+from llm_os.drivers.formats.budget import CHARACTERS, Budget, Spent, breadth
+
 MAX_DEPTH = 64  # nested calls of macros, blocks and recursive loops
 MAX_RANGE = 100_000
 MAX_BITS = 4096  # of an integer
+MAX_ATTRIBUTE = 256  # characters of a path such as "function.name" that a filter follows for each item
+NODES = 8  # of a template's syntax tree that one unit pays for, each time that a loop or macro runs through them
 FILENAME = "<chat template>"  # of compiled code, to find its lines in a traceback
-
-
-class Spent(Exception):
-    """The budget is used up, or one value is larger than any budget."""
-
-
-class Budget:
-    """Units of work that one rendering may still do."""
-
-    def __init__(self, units: int) -> None:
-        self.units = units
-        self.left = units
-
-    def spend(self, units: int) -> None:
-        """Raises Spent."""
-        self.left -= units
-        if self.left < 0:
-            raise Spent(f"it takes more than its {self.units} steps")
-
-    def each(self, values: Iterator[Any]) -> Iterator[Any]:
-        """`values`, each for one unit."""
-        for value in values:
-            self.spend(1)
-            yield value
-
-    def spend_deep(self, *values: Any) -> None:
-        """Pay for everything inside, counted again at each place where it appears: printing or comparing goes there."""
-        stack = list(values)
-        while stack:
-            value = stack.pop()
-            self.spend(breadth(value))
-            if isinstance(value, Mapping):
-                stack.extend(value.keys())
-                stack.extend(value.values())
-            elif isinstance(value, Iterable) and not isinstance(value, (str, range, Iterator)):
-                stack.extend(value)
-
-
-def breadth(value: Any) -> int:
-    """Units for touching a value, not what is inside it."""
-    if isinstance(value, str):
-        return 1 + len(value) // CHARACTERS
-    try:
-        return 1 + len(value)
-    except (TypeError, AttributeError):
-        return 1
 
 
 _STRING_METHODS = frozenset(
@@ -89,16 +46,19 @@ _FILTERS = frozenset(
     map max min reject rejectattr replace reverse safe select selectattr sort string title trim truncate unique
     upper""".split()  # noqa: SIM905
 )
-_SHALLOW_FILTERS = frozenset(
-    """abs count d default first float int items last length list map reject rejectattr reverse safe select
-    selectattr""".split()  # noqa: SIM905
+_LOOK_FILTERS = frozenset(  # whose work does not grow with what they are given, or is paid item by item later
+    """count d default first items last length map reject rejectattr select selectattr""".split()  # noqa: SIM905
 )
-_DEEP_TESTS = frozenset({"!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le"}) | {
-    "lessthan",
-    "lt",
-    "ne",
-}
-_WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{4})")
+_SHALLOW_FILTERS = frozenset({"abs", "float", "int", "list", "reverse", "safe"})
+_LOOK_TESTS = frozenset(
+    """boolean callable defined escaped false float integer iterable mapping none number sameas sequence string true
+    undefined""".split()  # noqa: SIM905
+)
+_NUMBER_TESTS = frozenset({"divisibleby", "even", "odd"})  # for a string, "%" would format
+_ATTRIBUTE_FILTERS = frozenset(
+    """groupby join map max min rejectattr selectattr sort unique""".split()  # noqa: SIM905
+)
+_WIDE_FORMAT = re.compile(r"%\(|%[^a-zA-Z%]*(?:\*|\d{4})")
 _INTERNAL = (Context, Environment, nodes.EvalContext)
 
 # Filters of our own; no template can write a name with a space.
@@ -175,6 +135,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise SecurityError(f"it may not use {attribute!r} of a {type(obj).__name__}")
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            self.budget.spend_deep(argument)  # to hash it
+        return super().getitem(obj, argument)
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         spend = self.budget.spend
         spend(breadth(left) + breadth(right))
@@ -188,7 +153,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
                     spend(breadth(text) * max(times, 0))
         elif operator == "%" and isinstance(left, str):
             if _WIDE_FORMAT.search(left):
-                raise Spent("a format is wider than 999 characters")
+                raise Spent("a format is wider than 999 characters, or names what it formats")
+            spend(left.count("%") * 1000 // CHARACTERS)
             self.budget.spend_deep(right)
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, int) and result.bit_length() > MAX_BITS:
@@ -196,12 +162,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return result
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.budget.spend(1 + sum(map(breadth, args)) + sum(map(breadth, kwargs.values())))
+        self.budget.spend(1 + len(args) + len(kwargs))
+        if not isinstance(function, Macro):
+            args = tuple(self._solid(arg) for arg in args)
+            self.budget.spend_deep(*args, *kwargs.values())
         owner = getattr(function, "__self__", None)
         if isinstance(owner, str):
-            args = tuple(self._solid(arg) for arg in args)
             self.budget.spend(breadth(owner))
-            self.budget.spend_deep(*args, *kwargs.values())
             self._guard(function.__name__, owner, *args, **kwargs)
         if self._depth == MAX_DEPTH:
             raise Spent(f"calls are nested more than {MAX_DEPTH} deep")
@@ -214,13 +181,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return result
 
     def _filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        budget, shallow = self.budget, name in _SHALLOW_FILTERS
+        budget, look, shallow = self.budget, name in _LOOK_FILTERS, name in _SHALLOW_FILTERS
 
         @functools.wraps(function)  # carries jinja's mark of filters that want the context
         def charged(*args: Any, **kwargs: Any) -> Any:
             args = tuple(self._solid(arg) for arg in args)
             values = [arg for arg in args if not isinstance(arg, _INTERNAL)]
-            if shallow:
+            if look:
+                budget.spend(1 + len(args) + len(kwargs))
+            elif shallow:
                 budget.spend(1 + sum(map(breadth, values)))
             else:
                 budget.spend_deep(*values, *kwargs.values())
@@ -235,12 +204,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _test(self, name: str, function: Any) -> Callable[..., Any]:
         @functools.wraps(function)
-        def charged(*args: Any) -> Any:
+        def charged(value: Any, *args: Any) -> Any:
             self.budget.spend(1)
-            if name in _DEEP_TESTS:
-                args = tuple(self._solid(arg) for arg in args)
-                self.budget.spend_deep(*args)
-            return function(*args)
+            if name in _NUMBER_TESTS and not isinstance(value, (int, float)):
+                raise TypeError(f"{name} is a test for numbers")
+            if name not in _LOOK_TESTS:
+                value, args = self._solid(value), tuple(self._solid(arg) for arg in args)
+                self.budget.spend_deep(value, *args)
+            return function(value, *args)
 
         return charged
 
@@ -248,6 +219,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Pay beforehand for a string method or filter whose result, or time, is a product of what it is given."""
         more = [*args, *kwargs.values()]
         product = 0
+        if name in _ATTRIBUTE_FILTERS:
+            paths = [*(args[:1] if name.endswith("attr") else args[name == "join" :]), kwargs.get("attribute")]
+            if any(isinstance(path, str) and len(path) > MAX_ATTRIBUTE for path in paths):
+                raise Spent(f"{name} follows a path of more than {MAX_ATTRIBUTE} characters")
         if name == "join":
             pieces = [part for part in (value, *more) if not isinstance(part, str) and isinstance(part, Sized)]
             glue = [part for part in (value, *more) if isinstance(part, str)]
@@ -312,9 +287,10 @@ class Charges(NodeTransformer):
     """Builds the charges into a template that no method of the environment sees: loops, comparisons, concatenations."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
+        turn = _units(node.test) if node.test is not None else 0
         self._tick_body(node)
         if node.test is not None:
-            node.test = nodes.And(_own(_TICK, nodes.Const(1), node), node.test, lineno=node.lineno)
+            node.test = nodes.And(_own(_TICK, nodes.Const(turn), node), node.test, lineno=node.lineno)
         return node
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
@@ -327,6 +303,12 @@ class Charges(NodeTransformer):
 
     def visit_Block(self, node: nodes.Block) -> nodes.Block:
         self._tick_body(node)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
+        self.generic_visit(node)
+        if not isinstance(node.key, nodes.Const):
+            node.key = _own(_DEEP, node.key, node)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
@@ -351,9 +333,9 @@ class Charges(NodeTransformer):
         return node
 
     def _tick_body(self, node: nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) -> None:
-        text = sum(map(len, _constants(node.body)))
+        units = sum(map(_units, node.body))
         self.generic_visit(node)
-        tick = _own(_TICK, nodes.Const(1 + text // CHARACTERS), node)
+        tick = _own(_TICK, nodes.Const(1 + units), node)
         node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
 
 
@@ -361,10 +343,13 @@ def _own(name: str, argument: nodes.Expr, at: nodes.Node) -> nodes.Filter:
     return nodes.Filter(argument, name, [], [], None, None, lineno=at.lineno)
 
 
-def _constants(body: list[nodes.Node]) -> Iterator[str]:
-    """What a turn of a loop or a call may write without any expression."""
-    for node in body:
-        for data in node.find_all(nodes.TemplateData):
-            yield data.data
-        if isinstance(node, nodes.TemplateData):
-            yield node.data
+def _units(node: nodes.Node) -> int:
+    """For running through a piece of template once: what it evaluates, and what it writes without an expression."""
+    count, text = 1, 0
+    for inner in (node, *node.find_all(nodes.Node)):
+        count += 1
+        if isinstance(inner, nodes.TemplateData):
+            text += len(inner.data)
+        elif isinstance(inner, nodes.Const) and isinstance(inner.value, str):
+            text += len(inner.value)
+    return 1 + count // NODES + text // CHARACTERS
