@@ -19,7 +19,7 @@ from llm_os.drivers.formats.sandbox import FILENAME, Sandbox
 from llm_os.kernel.errors import Error, FormatError, RequestError
 
 MAX_SOURCE = 128 * 1024  # characters
-MAX_OUTPUT = 8_000_000
+MAX_OUTPUT = 4_000_000  # characters, as many as a tokenizer takes
 MAX_MESSAGES = 100_000
 MAX_NESTING = 32  # of what messages contain
 STEPS = 500_000  # units of work (see `sandbox`) for any conversation, and

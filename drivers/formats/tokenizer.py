@@ -21,7 +21,9 @@ from llm_os.drivers.formats.streaming import Utf8Decoder
 from llm_os.drivers.formats.vocabulary import BYTES_OF_CHARACTERS, Kind, SpecialTokens, Vocabulary
 from llm_os.kernel.errors import FormatError, RequestError, Unsupported
 
-MAX_TEXT = 8_000_000  # characters of one text: the library's regex engine gives up after ten million steps back
+# Characters of one text. A million tokens fit; the library takes 200 bytes for each character while it works, and its
+# regex engine gives up after ten million steps back.
+MAX_TEXT = 4_000_000
 
 T = TypeVar("T")
 D = TypeVar("D")
