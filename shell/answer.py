@@ -34,6 +34,13 @@ class Answer:
             sys.stdout.flush()
 
 
+def checked(text: str) -> str:
+    """`text`, if it was decoded whole from what was typed or given. Raises RequestError."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise llm_os.RequestError("the prompt is not UTF-8 text; check the terminal's locale or the file's encoding")
+    return text
+
+
 def stream(
     kernel: llm_os.Kernel, request: llm_os.Request, waiting: Waiting, write: Callable[[str], None] | None
 ) -> llm_os.Completion:

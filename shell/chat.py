@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 import llm_os
 from llm_os.shell import signals
-from llm_os.shell.answer import Answer, state, stream
+from llm_os.shell.answer import Answer, checked, state, stream
 from llm_os.shell.line_input import open_input
 from llm_os.shell.options import ANSWER, MachineOptions, SamplingOptions
 from llm_os.shell.progress import Waiting, fetch
@@ -68,6 +68,7 @@ def _converse(conversation: Conversation) -> None:
                 if (text := lines.read()) is None:
                     return
                 conversation.hear(text)
+                say("")
             except KeyboardInterrupt:  # it stopped what was going on, and has been dealt with there
                 say("")
 
@@ -104,7 +105,7 @@ class Conversation:
             say(f"llm-os: {error}")
 
     def _turn(self, text: str) -> None:
-        asked: list[dict[str, Any]] = [*self._messages, {"role": "user", "content": text}]
+        asked: list[dict[str, Any]] = [*self._messages, {"role": "user", "content": checked(text)}]
         shown: list[str] = []
 
         def write(piece: str) -> None:

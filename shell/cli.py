@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 
 import llm_os
 from llm_os.shell import signals, stdio
@@ -123,8 +123,7 @@ def _is_usage(error: Exception) -> bool:
 
 def _line(error: Exception) -> str:
     if isinstance(error, CycloptsError):
-        command = " ".join(("llm-os", *(error.command_chain or ())))
-        return f"{error}{_hint(error)}; {command} --help lists what there is"
+        return _usage(error)
     if isinstance(error, llm_os.Error):
         return str(error)
     if isinstance(error, OSError):
@@ -132,5 +131,11 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}; this is a bug: LLM_OS_DEBUG=1 shows where"
 
 
-def _hint(error: CycloptsError) -> str:
-    return ""
+def _usage(error: CycloptsError) -> str:
+    help_line = f"See {' '.join(('llm-os', *(error.command_chain or ())))} --help"
+    if isinstance(error, UnusedCliTokensError):
+        extra = " ".join(error.unused_tokens or ())
+        return f"there is no place for {extra!r}; put quotes around a text of several words. {help_line}"
+    if isinstance(error, UnknownOptionError) and " " in (error.token.keyword or error.token.value):
+        return f'a text that begins with "-" needs -- before it. {help_line}'
+    return f"{error} {help_line}"

@@ -26,7 +26,8 @@ class LineInput(Protocol):
     interactive: bool
 
     def read(self) -> str | None:
-        """The next message, None at the end. Raises KeyboardInterrupt; RequestError for one that is far too long."""
+        """The next message, None at the end; bytes that are no UTF-8 come as surrogates. Raises KeyboardInterrupt, and
+        RequestError for a message that is far too long."""
         ...
 
 
@@ -44,7 +45,7 @@ class _Pipe:
             size += len(data)
             if size > _LONGEST:
                 raise llm_os.RequestError(f"a message on stdin is longer than {_LONGEST} bytes; shorten it")
-            line = data.decode(errors="replace").rstrip("\r\n")
+            line = data.decode(errors="surrogateescape").rstrip("\r\n")
             lines.append(line.removesuffix("\\"))
             if not line.endswith("\\"):
                 break
@@ -70,7 +71,7 @@ class _Terminal:
 
     def read(self) -> str | None:
         try:
-            return self._session.prompt().encode(errors="replace").decode()
+            return self._session.prompt()
         except EOFError:
             return None
         except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 import llm_os
-from llm_os.shell.answer import Answer, state, stream
+from llm_os.shell.answer import Answer, checked, state, stream
 from llm_os.shell.options import ANSWER, FLAG, MachineOptions, SamplingOptions
 from llm_os.shell.progress import Waiting, fetch
 from llm_os.shell.stdio import say
@@ -87,9 +87,7 @@ def _prompt(given: str | None, raw: bool) -> str:
         text = text if raw else text.rstrip("\r\n")
     if not (text if raw else text.strip()):
         raise llm_os.RequestError("the prompt is empty; give some text")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise llm_os.RequestError("the prompt is not UTF-8 text; check the terminal's locale")
-    return text
+    return checked(text)
 
 
 def _counts(completion: llm_os.Completion) -> str:

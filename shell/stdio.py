@@ -29,7 +29,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    line = printable(" ".join(text.split()))
+    line = printable(" ".join(text.splitlines()))
     return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
 
 
