@@ -6,11 +6,10 @@ overlaps with running batches.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
@@ -19,6 +18,7 @@ from msgspec import Struct
 
 from llm_os.drivers.formats.architecture import Architecture
 from llm_os.drivers.formats.weights import Weights
+from llm_os.drivers.torch.allocator import releasing
 from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import Decoder
 from llm_os.drivers.torch.embedding import embedding_bytes
@@ -100,10 +100,10 @@ class TorchDriver:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-        self._loads.shutdown()
-        self._batches.shutdown()
-        self._models.clear()
-        _give_back(self._device)
+        with self._releasing():  # threads give back what they hold when they end
+            self._loads.shutdown()
+            self._batches.shutdown()
+            self._models.clear()
         if self._threads is not None and torch.get_num_threads() == self._threads:
             torch.set_num_threads(self._threads_before)
 
@@ -133,15 +133,16 @@ class TorchDriver:
             decoder = Decoder(a, contents.weights, self._format)
             pool = KvPool(len(a.layers), a.kv_heads, a.head_dim, placement.page_tokens, placement.pages, self._device)
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # they hold what was loaded so far
-            _give_back(self._device)
+            with self._releasing():
+                traceback.clear_frames(error.__traceback__)  # they hold what was loaded so far
             raise
-        self._models[model] = _Resident(a, decoder, pool)
+        with self._releasing():
+            self._models[model] = _Resident(a, decoder, pool)
 
     def _unload(self, model: str) -> None:
         self._resident(model)
-        del self._models[model]
-        _give_back(self._device)
+        with self._releasing():
+            del self._models[model]
 
     def _copy(self, model: str, moves: tuple[Move, ...]) -> None:
         pool = self._resident(model).pool
@@ -171,6 +172,14 @@ class TorchDriver:
                     rows[index] = row
                 done += len(logits)
         return tuple(rows)
+
+    @contextmanager
+    def _releasing(self) -> Iterator[None]:
+        """What is freed inside goes back to the system."""
+        with releasing():
+            yield
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _resident(self, model: str) -> _Resident:
         resident = self._models.get(model)
@@ -208,13 +217,3 @@ def _lay_out(sequences: tuple[Sequence, ...], resident: _Resident) -> list[Stret
 def _check_pages(pool: KvPool, pages: tuple[int, ...]) -> None:
     if pages and (min(pages) < 0 or max(pages) >= pool.pages):
         raise DriverError(f"a page number of {min(pages)} to {max(pages)} is outside the model's {pool.pages} pages")
-
-
-def _give_back(device: torch.device) -> None:
-    """Return freed memory to the system: the allocators keep it otherwise."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc; musl returns memory by itself
-        if trim is not None:
-            trim(0)

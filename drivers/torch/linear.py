@@ -121,6 +121,14 @@ class Format(Struct, frozen=True):
     device: torch.device
     embedding_in_file_type: bool  # rows of the embedding are dequantized on the host, where they are read
 
+    @property
+    def head(self) -> Format:
+        """For the last product, whose results are compared with each other: oneDNN rounds a bfloat16 product to
+        bfloat16, which makes ties of close logits (docs/decisions/0004)."""
+        if self.packed and self.dtype is torch.bfloat16:
+            return structs.replace(self, dtype=torch.float32, tile=16)
+        return self
+
     def linear(self, tensors: list[WeightTensor]) -> Linear:
         """One matrix from the rows of several, which have the same number of columns."""
         rows = sum(tensor.shape[0] for tensor in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +139,25 @@ def test_a_row_of_nan_is_an_error_of_that_row_only(driver, image):
     assert isinstance(rows[0], RowError)
     if not tied:  # a tied head spreads the damaged row of the embedding to everyone
         assert rows[1] == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_returns_after_every_unload(driver, smollm2: Path):
+    def held() -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+    image = open_image(smollm2)
+    after = []
+    for _ in range(6):
+        driver.load("m", image, place(16, 1000)).result()
+        run(driver, one(range(40), pages=tuple(range(500, 503))))
+        loaded = held()
+        driver.unload("m").result()
+        after.append(held())
+        assert loaded - after[-1] > 500_000  # kB: the model was really there
+    image.close()
+    assert max(after[1:]) < 1.01 * after[0]
 
 
 def test_an_unknown_model_is_an_error_of_each_operation(driver):
