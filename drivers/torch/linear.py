@@ -152,18 +152,11 @@ class Format(Struct, frozen=True):
 
 
 def choose_format(precision: str, device: torch.device) -> Format:
-    """The format for "exact" (float32, the reference) or "fast" (bfloat16 where the device multiplies it quickly).
+    """The format for "exact" (float32, the reference) or "fast".
 
-    Tiles were measured on SmolLM2's matrices: in float32 16 rows cost 1.7 times one row, in bfloat16 32 rows 1.2 times.
+    On a CPU both are float32 for now: bfloat16 halved the time of a long prompt, won nothing for a single token, and
+    changed answers (docs/decisions/0004). A tile of 16 rows costs 1.7 times one row.
     """
     if device.type == "cpu":
-        packed = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        if precision == "fast" and packed and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _multiplies_bfloat16():
-            return Format(torch.bfloat16, 32, packed, device, True)
-        return Format(torch.float32, 16, packed, device, True)
+        return Format(torch.float32, 16, torch.backends.mkldnn.is_available(), device, True)  # type: ignore[no-untyped-call]
     return Format(torch.bfloat16 if precision == "fast" else torch.float32, 16, False, device, False)
-
-
-def _multiplies_bfloat16() -> bool:
-    """Without these instructions oneDNN emulates bfloat16, slower than float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
