@@ -114,9 +114,11 @@ class Core:
     def _load_model(self, event: ev.LoadModel) -> None:
         model = self.residency.open(event.model)
         model.load_tickets.append(event.ticket)
+        if model.leaving:
+            return
         if model.where is Where.ON_DEVICE:
             self.residency.loaded(model)
-        elif model.where is Where.ON_DISK and not model.leaving:
+        elif model.where is Where.ON_DISK:
             self._load(model)
 
     def _unload_model(self, event: ev.UnloadModel) -> None:
