@@ -85,10 +85,8 @@ class Decoder:
         parts = _Parts(weights, "", format)
         self._norm = parts.vector("output_norm")
         shared = self._embedding.head(format) if architecture.tied_embeddings else None
-        head_parts = _Parts(weights, "", format.head)
-        self._head = shared or head_parts.linear("token_embd" if architecture.tied_embeddings else "output")
-        layers = sum(layer.nbytes for layer in self._layers)
-        self.nbytes = self._embedding.nbytes + layers + parts.nbytes + head_parts.nbytes
+        self._head = shared or parts.linear("token_embd" if architecture.tied_embeddings else "output")
+        self.nbytes = self._embedding.nbytes + sum(layer.nbytes for layer in self._layers) + parts.nbytes
 
     def forward(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Tensor:
         """Feed `tokens`, the rows of all `stretches` in order; returns [n, hidden] after the last norm.
@@ -112,7 +110,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:
         """Scores over the vocabulary for rows of `forward`'s result, [up to a tile, vocab_size] at a time."""
-        tile = self._format.head.tile
+        tile = self._format.tile
         for start in range(0, len(hidden), tile):
             yield self._head(hidden[start : start + tile])
 

@@ -14,7 +14,7 @@ def measure(
     """Extents are the embedding (`embedding` bytes), each layer, and the last norm with the head."""
     a = architecture
     shared = a.tied_embeddings and not format.embedding_in_file_type
-    head = a.hidden * 4 + (0 if shared else format.head.nbytes(a.vocab_size, a.hidden))
+    head = a.hidden * 4 + (0 if shared else format.nbytes(a.vocab_size, a.hidden))
     return Footprint(
         extents=(embedding, *(_layer(a, format) for _ in a.layers), head),
         kv_bytes_per_token=len(a.layers) * 2 * a.kv_heads * a.head_dim * 4,

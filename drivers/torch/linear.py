@@ -121,14 +121,6 @@ class Format(Struct, frozen=True):
     device: torch.device
     embedding_in_file_type: bool  # rows of the embedding are dequantized on the host, where they are read
 
-    @property
-    def head(self) -> Format:
-        """For the last product, whose results are compared with each other: oneDNN rounds a bfloat16 product to
-        bfloat16, which makes ties of close logits (docs/decisions/0004)."""
-        if self.packed and self.dtype is torch.bfloat16:
-            return structs.replace(self, dtype=torch.float32, tile=16)
-        return self
-
     def linear(self, tensors: list[WeightTensor]) -> Linear:
         """One matrix from the rows of several, which have the same number of columns."""
         rows = sum(tensor.shape[0] for tensor in tensors)
@@ -154,8 +146,8 @@ class Format(Struct, frozen=True):
 def choose_format(precision: str, device: torch.device) -> Format:
     """The format for "exact" (float32, the reference) or "fast".
 
-    On a CPU both are float32 for now: bfloat16 halved the time of a long prompt, won nothing for a single token, and
-    changed answers (docs/decisions/0004). A tile of 16 rows costs 1.7 times one row.
+    On a CPU both are float32 for now: bfloat16 is 1.6 to 2.3 times faster and changed answers (docs/decisions/0004). A
+    tile of 16 rows costs 1.7 times one row.
     """
     if device.type == "cpu":
         return Format(torch.float32, 16, torch.backends.mkldnn.is_available(), device, True)  # type: ignore[no-untyped-call]
