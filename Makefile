@@ -26,7 +26,7 @@ install: $(VENV)/.installed ## create .venv and install llm-os into it
 dev: $(VENV)/.dev ## the same, with what development needs
 
 run: install ## pull a small model and answer QUESTION="..."
-	@$(BIN)/llm-os run smollm2:135m "$(QUESTION)"
+	@$(BIN)/llm-os run smollm2:135m "$(QUESTION)" --temperature 0
 
 test: dev ## run the tests
 	@$(BIN)/python -m pytest

@@ -100,7 +100,7 @@ class Process:
         counts = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or repetition != 1.0
         return Sample(
             uniform=uniform(self.seed, len(self.tokens)),
-            temperature=pick("temperature", 1.0),
+            temperature=pick("temperature", 0.7),
             top_k=int(pick("top_k", 0)),
             top_p=pick("top_p", 1.0),
             min_p=pick("min_p", 0.0),

@@ -24,7 +24,7 @@ class Sampling(Strict, frozen=True, kw_only=True):
     """
 
     max_tokens: int | None = None  # [as many as the context allows]
-    temperature: float | None = None  # [1.0]; 0 is greedy
+    temperature: float | None = None  # [0.7]; 0 is greedy
     top_k: int | None = None  # [0, off]
     top_p: float | None = None  # [1.0]
     min_p: float | None = None  # [0.0]
