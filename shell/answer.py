@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 import llm_os
+from llm_os.shell import signals
 from llm_os.shell.progress import Waiting
 from llm_os.shell.stdio import printable
 
@@ -34,6 +35,12 @@ class Answer:
             sys.stdout.flush()
 
 
+def boot(config: llm_os.Config) -> llm_os.Kernel:
+    """A kernel. Ctrl-C ends the process at once until it is there. Raises what Kernel raises."""
+    with signals.abrupt():
+        return llm_os.Kernel(config)
+
+
 def checked(text: str) -> str:
     """`text`, if it was decoded whole from what was typed or given. Raises RequestError."""
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -46,7 +53,9 @@ def stream(
 ) -> llm_os.Completion:
     """Hand each piece of the answer to `write`. Raises what the stream raises; leaving early ends the process."""
     with waiting, kernel.stream(request) as chunks:
+        signals.check()
         for chunk in chunks:
+            signals.check()
             if write is not None and chunk.text:
                 waiting.stop()
                 write(chunk.text)

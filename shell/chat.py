@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 import llm_os
 from llm_os.shell import signals
-from llm_os.shell.answer import Answer, checked, state, stream
+from llm_os.shell.answer import Answer, boot, checked, state, stream
 from llm_os.shell.line_input import open_input
 from llm_os.shell.options import ANSWER, MachineOptions, SamplingOptions
 from llm_os.shell.progress import Waiting, fetch
@@ -41,14 +41,14 @@ def chat(
     Parameters
     ----------
     model
-        As for llm-os run. It is pulled first if it is not here.
+        As for llm-os run.
     system
         A message that tells the model how to behave.
     """
     options, config = sampling or SamplingOptions(), (machine or MachineOptions()).config()
     options.sampling()
     fetch(model, config)
-    with Waiting("starting") as waiting, llm_os.Kernel(config) as kernel:
+    with Waiting("starting") as waiting, boot(config) as kernel:
         waiting.describe = lambda: state(kernel, model)
         anyio.run(kernel.load, model)
         waiting.stop()
@@ -82,7 +82,7 @@ class Conversation:
         self._model = model
         self._options = options
         self._system = [] if system is None else [{"role": "system", "content": system}]
-        self._messages: list[dict[str, Any]] = []
+        self.messages: list[dict[str, Any]] = []
         self._answer = Answer()
 
     def greeting(self) -> str:
@@ -92,7 +92,7 @@ class Conversation:
     def hear(self, text: str) -> None:
         """One message or command. An error of the kernel is told, and is not the end; Closed is raised.
 
-        An answer that is interrupted stays in the conversation as far as it was shown.
+        An answer that is interrupted stays in `messages` as far as it was shown.
         """
         try:
             if text.startswith("/"):
@@ -105,7 +105,7 @@ class Conversation:
             say(f"llm-os: {error}")
 
     def _turn(self, text: str) -> None:
-        asked: list[dict[str, Any]] = [*self._messages, {"role": "user", "content": checked(text)}]
+        asked: list[dict[str, Any]] = [*self.messages, {"role": "user", "content": checked(text)}]
         shown: list[str] = []
 
         def write(piece: str) -> None:
@@ -122,20 +122,20 @@ class Conversation:
                 self._answer.end()
                 say("llm-os: the conversation has filled the context; /clear begins a new one")
         except llm_os.RequestError as error:
-            if not self._messages:
+            if not self.messages:
                 raise
             say(f"llm-os: {error}; /clear begins a new conversation")
         finally:
             self._answer.end()
             if shown:
-                self._messages = [*asked, {"role": "assistant", "content": "".join(shown)}]
+                self.messages = [*asked, {"role": "assistant", "content": "".join(shown)}]
 
     def _command(self, name: str = "", *words: str) -> None:
         match name, *words:
             case "bye" | "exit" | "quit", *_:
                 self.over = True
             case ["clear"]:
-                self._messages = []
+                self.messages = []
                 say("The conversation is forgotten.")
             case ["set"]:
                 changed = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NoReturn
 
 from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 
@@ -38,7 +38,7 @@ app.command(  # named by text, so that only the command that runs is imported
     "llm_os.shell.run:run",
     name="run",
     usage="Usage: llm-os run [OPTIONS] MODEL [PROMPT]",
-    help="Answer one prompt. The answer goes to stdout as it comes, all else to stderr.",
+    help="Answer one prompt, on stdout. A model that is not here yet is pulled first.",
     help_epilogue=_examples(
         'llm-os run smollm2:135m "What is the capital of France?" --temperature 0',
         "llm-os run smollm2:135m --system 'Answer in one word.' < question.txt",
@@ -100,19 +100,30 @@ def main(arguments: Sequence[str]) -> int:
         try:
             code = app(list(arguments), exit_on_error=False, print_error=False, help_on_error=False)
             sys.stdout.flush()
+            signals.check()
             return int(code or 0)
         except BrokenPipeError:
             stdio.abandon_stdout()
             return 141  # 128 + SIGPIPE, as of a program in C
         except KeyboardInterrupt:
-            if sys.stderr.isatty():
-                sys.stderr.write("\n")
-            return signals.INTERRUPTED
+            _interrupted()
         except Exception as error:
+            try:
+                signals.check()  # an import that is interrupted may fail in its own way
+            except KeyboardInterrupt:
+                _interrupted()
             if os.environ.get("LLM_OS_DEBUG"):
                 raise
             stdio.say(f"llm-os: {_line(error)}")
             return 2 if _is_usage(error) else 1
+
+
+def _interrupted() -> NoReturn:
+    if sys.stderr.isatty():
+        sys.stderr.write("\n")
+    sys.stderr.flush()
+    # Not by return: an interpreter in which `eval` was interrupted once kills itself with SIGINT instead of exiting.
+    os._exit(signals.INTERRUPTED)
 
 
 def _is_usage(error: Exception) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import llm_os
+from llm_os.shell import signals
 from llm_os.shell.options import FLAG
 from llm_os.shell.progress import Waiting
 from llm_os.shell.stdio import printable
@@ -31,7 +32,7 @@ def doctor(*, json: Annotated[bool, FLAG] = False) -> int:
     json
         Print one JSON object.
     """
-    with Waiting("looking around"):
+    with Waiting("looking around"), signals.abrupt():
         report = examine()
     if json:
         print(json_text.dumps(report))
@@ -120,12 +121,13 @@ def _version(name: str) -> str | None:
 
 def _text(report: dict[str, Any]) -> list[str]:
     store = report["store"]
+    models = f"{store['models']} model{'' if store['models'] == 1 else 's'}, {_size(store['bytes'])}"
     lines = [
         f"llm-os   {report['llm_os']}",
         f"python   {report['python']}, {report['system']}",
         f"torch    {report['torch'] or 'not installed'}",
         f"store    {_home(store['path'])}",
-        f"         {store['models']} models, {_size(store['bytes'])}; {_size(store['free_bytes'])} free",
+        f"         {models}; {_size(store['free_bytes'])} free",
         f"plugins  {', '.join(report['plugins']) or 'none'}",
     ]
     for driver in report["drivers"]:

@@ -6,13 +6,16 @@ backslash at the end of a line goes on with the next.
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import llm_os
+from llm_os.shell.signals import TERMINATED
 from llm_os.shell.stdio import say
 
 if TYPE_CHECKING:
@@ -70,13 +73,26 @@ class _Terminal:
         )
 
     def read(self) -> str | None:
+        handler = signal.getsignal(signal.SIGTERM)
         try:
-            return self._session.prompt()
+            return self._session.prompt(pre_run=self._end_when_terminated)
         except EOFError:
             return None
         except KeyboardInterrupt:
             say("Ctrl-D or /bye leaves.")
             return ""
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    def _end_when_terminated(self) -> None:
+        """An exception out of a signal handler would tear the editor's event loop apart: it ends in order instead."""
+
+        def end() -> None:
+            with suppress(Exception):  # it is ending already
+                self._session.app.exit(exception=SystemExit(TERMINATED))
+
+        with suppress(NotImplementedError):  # Windows, which has no SIGTERM to speak of
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)
 
 
 def _keys() -> KeyBindings:

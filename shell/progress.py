@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 import llm_os
-from llm_os.shell import stdio
+from llm_os.shell import signals, stdio
 
 _INTERVAL_S = 0.1
 _PATIENCE_S = 0.4  # what is done sooner needs no words
@@ -138,7 +138,8 @@ def fetch(model: str, config: llm_os.Config) -> None:
     try:
         pull(model)
     except llm_os.ModelNotFound:
-        llm_os.open_image(model, config).close()  # not the store's, but a plugin may know it
+        with signals.abrupt():
+            llm_os.open_image(model, config).close()  # not the store's, but a plugin may know it
 
 
 def megabytes(count: int) -> str:

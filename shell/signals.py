@@ -1,14 +1,13 @@
 """Ctrl-C and SIGTERM for a program that owns the process. The library takes no signals; this is only for the command.
 
 An interrupt unwinds the stack, so that `with` gives everything back; a second one while that happens ends at once.
+Code that is not ours may swallow the exception: `check` raises it again.
 """
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +19,42 @@ TERMINATED = 128 + signal.SIGTERM
 
 class _Once:
     def __init__(self) -> None:
-        self.unwinding = False
+        self.came = 0
+        self.abrupt = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.unwinding:
+        if self.came or self.abrupt:
+            if os.isatty(2):
+                os.write(2, b"\r\x1b[2K\n")
             os._exit(128 + number)
-        self.unwinding = True
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
+        self.came = number
+        self.check()
+
+    def check(self) -> None:
+        if self.came:
+            raise KeyboardInterrupt if self.came == signal.SIGINT else SystemExit(TERMINATED)
+
+
+def check() -> None:
+    """Call on the way to where people wait. Raises the interrupt that came and was lost."""
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, _Once):
+        handler.check()
+
+
+@contextmanager
+def abrupt() -> Iterator[None]:
+    """Inside, an interrupt ends the process at once. For what imports libraries in C, which an exception may abort, or
+    which swallow it, and where nothing is held yet that has to be given back."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not isinstance(handler, _Once):
+        yield
+        return
+    handler.abrupt = True
+    try:
+        yield
+    finally:
+        handler.abrupt = False
 
 
 @contextmanager
@@ -39,16 +67,6 @@ def handled() -> Iterator[None]:
     taken = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     for number in taken:
         signal.signal(number, handler)
-    show = sys.unraisablehook
-
-    def unraisable(lost: sys.UnraisableHookArgs) -> None:
-        # The interrupt met a destructor, which swallowed it: it is sent again.
-        if lost.exc_type is KeyboardInterrupt:
-            _thread.interrupt_main()
-        else:
-            show(lost)
-
-    sys.unraisablehook = unraisable
     try:
         yield
     finally:

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import llm_os
+from llm_os.shell.answer import Answer
+from llm_os.shell.chat import Conversation
+from llm_os.shell.options import SamplingOptions
+
 PROMPT = "\x1b[?2004h"  # the line editor asks for pasted text to be marked: it reads from here on
 ACCEPTED = "\x1b[?2004l"
 SHORT = ("--max-tokens", "12", "--temperature", "0")
@@ -93,6 +98,26 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal, sim, endless):
     code, rest = program.end()
     assert code == 0
     assert "Traceback" not in rest
+
+
+def test_an_interrupted_answer_stays_in_the_conversation_as_far_as_it_was_shown(monkeypatch, capsys, endless):
+    with llm_os.Kernel(llm_os.Config(driver="sim", memory="64MiB")) as kernel:
+        conversation = Conversation(kernel, endless, SamplingOptions(), "be brief")
+        write, pieces = Answer.write, iter(range(5))
+
+        def interrupted(answer: Answer, text: str) -> None:
+            write(answer, text)
+            if next(pieces, None) is None:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Answer, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            conversation.hear("talk")
+    said = capsys.readouterr().out
+    assert conversation.messages[0] == {"role": "user", "content": "talk"}
+    assert conversation.messages[1]["role"] == "assistant"
+    assert said == conversation.messages[1]["content"].rstrip("\n") + "\n"
+    assert len(conversation.messages[1]["content"]) == 6
 
 
 def test_ctrl_c_on_an_empty_line_says_how_to_leave(terminal, sim):
