@@ -195,6 +195,16 @@ def test_a_reader_that_leaves_ends_the_program_quietly(start, sim, endless):
     assert program.process.stderr.read() == b""
 
 
+def test_a_reader_that_was_never_there_is_no_error_either(environment):
+    """What is still in the buffer as the interpreter ends does not bring it up again."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "llm_os", "completion", "bash"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_a_full_disk_is_told_in_one_line(environment, sim):
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
