@@ -199,7 +199,7 @@ def test_a_reader_that_was_never_there_is_no_error_either(environment):
     """What is still in the buffer as the interpreter ends does not bring it up again."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "llm_os", "completion", "bash"]
+    command = [sys.executable, "-m", "llm_os", "models", "--json"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
