@@ -10,6 +10,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's parameters
 _LARGEST_TRIM, _LARGEST_MMAP = 64 << 20, 32 << 20  # where glibc's own adjustment ends up once tensors were freed
@@ -19,12 +20,10 @@ _PROBE = 100_000  # bytes; large enough that freeing them trims the arena they a
 @contextmanager
 def releasing() -> Iterator[None]:
     """What is freed inside goes back to the system. Does nothing where the C library is not glibc."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is None or not hasattr(libc, "malloc_trim"):
+    libc = _glibc()
+    if libc is None:
         yield
         return
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     libc.mallopt(_TRIM_THRESHOLD, 0)
     try:
         yield
@@ -33,3 +32,13 @@ def releasing() -> Iterator[None]:
     finally:
         libc.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM)
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "malloc_trim"):
+        return None
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    return libc
