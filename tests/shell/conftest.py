@@ -40,7 +40,7 @@ def endless() -> str:
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """A user without a store, and a terminal of known habits."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLM_OS_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("LLM_OS_", "PYTHON"))}
     return inherited | {
         "LLM_OS_HOME": str(tmp_path / "home"),
         "PYTHONIOENCODING": "utf-8",
