@@ -114,6 +114,8 @@ def main(arguments: Sequence[str]) -> int:
                 _interrupted()
             if os.environ.get("LLM_OS_DEBUG"):
                 raise
+            if isinstance(error, OSError):
+                stdio.abandon_stdout()  # it may be what failed, and would fail again at the end
             stdio.say(f"llm-os: {_line(error)}")
             return 2 if _is_usage(error) else 1
 
