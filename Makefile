@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUESTION ?= What is the capital of France?
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test lint types imports check clean
+.PHONY: help install dev run test lint types imports packaging check clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,7 +41,10 @@ types: dev ## mypy, strict
 imports: dev ## the rooms' import rules
 	@$(BIN)/lint-imports
 
-check: lint types imports ## what CI runs beside the tests
+packaging: dev ## the wheel, the facade, and what may not be installed
+	@$(BIN)/python -m pytest --quiet tests/test_packaging.py
+
+check: lint types imports packaging ## what CI runs beside the tests
 
 clean: ## remove caches and build products, not the virtual environment
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

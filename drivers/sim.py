@@ -30,7 +30,7 @@ _END = 256
 _LETTERS = b"etaoinshrdlcumwfgypbvkjxqz,.  \n"
 
 
-class SimImage(Struct, frozen=True, kw_only=True):
+class SimImage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A model without weights; tokens are bytes, 256 ends the text. `sim:NAME?field=value&...` sets the fields."""
 
     name: str
@@ -176,7 +176,7 @@ class SimDriver:
         return self._now(copy)
 
     def memory(self) -> DeviceMemory:
-        weights = sum(image.layers * image.layer_bytes for image, _ in self._loaded.values())
+        weights = sum(image.layers * image.layer_bytes for image, _ in list(self._loaded.values()))
         return DeviceMemory(weights=weights, kv=0)
 
     def close(self) -> None:

@@ -12,6 +12,8 @@ from llm_os.kernel.strict import Strict
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
+MAX_FRAMES = 2**24  # 32 TiB in frames of 2 MiB; the ledger keeps a byte for each
+
 
 class Config(Strict, frozen=True, kw_only=True):
     """How a kernel is built. Raises ConfigError for an unknown field or a value out of range."""
@@ -31,14 +33,16 @@ class Config(Strict, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for field in ("batch_tokens", "batch_size", "queue_limit", "page_tokens", "threads"):
             value = getattr(self, field)
-            if value is not None and not (isinstance(value, int) and 1 <= value <= 2**24):
-                raise ConfigError(f"{field} is {value!r}; it must be a whole number from 1 to {2**24}")
-        if self.precision not in ("fast", "exact"):
-            raise ConfigError(f"precision is {self.precision!r}; it must be 'fast' or 'exact'")
-        if self.frame_bytes < 4096:
-            raise ConfigError(f"frame_size is {self.frame_size!r}; it must be at least 4096 bytes")
-        if self.memory is not None and parse_bytes("memory", self.memory) < self.frame_bytes:
-            raise ConfigError(f"memory is {self.memory!r}; it must hold at least one frame of {self.frame_bytes} bytes")
+            if value is not None and not 1 <= value <= 2**24:
+                raise ConfigError(f"{field} is {value!r}; it must be from 1 to {2**24}")
+        if not 4096 <= self.frame_bytes <= 2**32:
+            raise ConfigError(f"frame_size is {self.frame_size!r}; it must be from 4096 bytes to 4GiB")
+        if self.memory is not None:
+            frames = parse_bytes("memory", self.memory) // self.frame_bytes
+            if not 1 <= frames <= MAX_FRAMES:
+                raise ConfigError(
+                    f"memory is {self.memory!r}; it must hold 1 to {MAX_FRAMES} frames of {self.frame_bytes} bytes"
+                )
 
     @property
     def frame_bytes(self) -> int:
@@ -46,7 +50,9 @@ class Config(Strict, frozen=True, kw_only=True):
 
     def budget(self, free_bytes: int) -> int:
         """Bytes that the kernel may use of a device that has `free_bytes` free."""
-        return free_bytes * 8 // 10 if self.memory is None else parse_bytes("memory", self.memory)
+        if self.memory is not None:
+            return parse_bytes("memory", self.memory)
+        return min(free_bytes * 8 // 10, MAX_FRAMES * self.frame_bytes)
 
 
 def parse_bytes(field: str, value: int | str) -> int:

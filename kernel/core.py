@@ -15,13 +15,13 @@ from llm_os.kernel import events as ev
 from llm_os.kernel.config import Config
 from llm_os.kernel.driver import Batch, Move, Row, RowError, Sampled
 from llm_os.kernel.driver import Sequence as Rows
-from llm_os.kernel.errors import Closed, DriverError, Error, ModelNotFound, Refused, RequestError
+from llm_os.kernel.errors import Closed, DriverError, Error, ModelError, ModelNotFound, Refused, RequestError, as_error
 from llm_os.kernel.flights import Flight, Flights
-from llm_os.kernel.memory import Memory, MemoryInfo
+from llm_os.kernel.memory import Memory
 from llm_os.kernel.page_table import PageTable
 from llm_os.kernel.process import Process, ProcessInfo, State
 from llm_os.kernel.request import Chunk, FinishReason
-from llm_os.kernel.residency import Model, ModelInfo, Residency, Where
+from llm_os.kernel.residency import Model, Residency, Where
 from llm_os.kernel.scheduler import Scheduler
 
 
@@ -85,18 +85,29 @@ class Core:
 
     def _fork(self, event: ev.Fork) -> None:
         parent = self.processes.get(event.parent)
-        refusal: Error | None
+        refusal = self._refusal()
         if parent is None or parent.table is None:
             missing = f"process {event.parent} has ended or has not started; only a running process can fork"
             refusal = RequestError(missing)
-        else:
-            refusal = self._refusal()
         if refusal or parent is None:
             self.flights.emit(ev.Deliver(event.pid, error=refusal))
-        elif parent.state is State.RUNNING:
-            parent.forks.append((event.pid, event.seed))  # its pages are being written: when the batch has ended
-        else:
-            self.processes[event.pid] = parent.fork(event.pid, event.seed, self._now)
+            return
+        child = Process(event.pid, parent.request, event.seed, self._now, parent.pid, parent.nice)
+        self.processes[event.pid] = child
+        parent.forks.append(child)
+        if parent.state is not State.RUNNING:
+            self._branch(parent)
+
+    def _branch(self, parent: Process) -> None:
+        """No operation writes the parent's pages now: its children may share them."""
+        children, parent.forks = parent.forks, []
+        for child in children:
+            if child.state is State.ENDED:
+                continue
+            if parent.state is State.ENDED:
+                self._fail(child, RequestError(f"process {parent.pid} ended before it could be forked"))
+            else:
+                parent.branch(child, self._now)
 
     def _kill(self, event: ev.Kill) -> None:
         if process := self.processes.get(event.pid):
@@ -157,10 +168,10 @@ class Core:
 
     def _opened(self, model: Model, event: ev.Completed) -> None:
         if event.error is not None:
-            self._fail_model(model, _as_error(event.error, ModelNotFound))
+            self._fail_model(model, as_error(event.error, ModelNotFound))
             return
         self.residency.opened(model, event.result)
-        if model.leaving:
+        if model.leaving or self.halting:
             return
         for process in self._processes_of(model):
             self._encode(process, model)
@@ -176,12 +187,12 @@ class Core:
         if process.state is State.ENDED:
             return
         if event.error is not None:
-            self._fail(process, _as_error(event.error, RequestError))
+            self._fail(process, as_error(event.error, RequestError))
             return
         try:
             process.admit(event.result)
-        except RequestError as error:
-            self._fail(process, error)
+        except Exception as error:  # the image is a plugin's code
+            self._fail(process, as_error(error, RequestError))
             return
         model = self.residency.models[process.request.model]
         if model.where is Where.ON_DEVICE:
@@ -199,7 +210,7 @@ class Core:
 
     def _loaded(self, model: Model, event: ev.Completed) -> None:
         if event.error is not None:
-            self._fail_model(model, _as_error(event.error, DriverError))
+            self._fail_model(model, as_error(event.error, DriverError))
             return
         self.residency.loaded(model)
         for process in self._processes_of(model):
@@ -209,17 +220,10 @@ class Core:
     def _make_ready(self, process: Process, model: Model) -> None:
         """Admission to the run queue: refuse what could never get the pages that it asks for."""
         assert model.slab is not None
-        wanted = process.prompt_tokens + (process.request.sampling.max_tokens or 1)
-        needed = model.slab.frames_for(wanted)
-        possible = self.memory.frames - self.memory.extent_frames
-        if needed > possible:
-            frame = self.memory.frame_size
-            refusal = (
-                f"{process.prompt_tokens} prompt tokens and {wanted - process.prompt_tokens} more need "
-                f"{needed * frame} bytes of KV; {possible * frame} are left beside the weights; "
-                "lower max_tokens, shorten the prompt, or raise memory"
-            )
-            self._fail(process, Refused(refusal))
+        try:
+            model.check_room(self.memory, process.prompt_tokens, process.request.sampling.max_tokens or 1)
+        except Refused as refusal:
+            self._fail(process, refusal)
             return
         process.table = PageTable(model.slab)
         process.state, process.admitted = State.READY, self._now
@@ -229,40 +233,49 @@ class Core:
             return
         process.state = State.READY
         if event.error is not None:
-            self._fail(process, _as_error(event.error, DriverError))
-        self._fork_waiting(process)
+            self._fail(process, as_error(event.error, DriverError))
+        self._branch(process)
 
     def _ran(self, flight: Flight, operation: ev.Run, event: ev.Completed) -> None:
         rows: Sequence[Row] = event.result or ()
+        error = event.error
+        if error is None and len(rows) != len(flight.processes):
+            error = DriverError(f"the driver answered {len(rows)} rows to a batch of {len(flight.processes)}")
         for index, (process, fed) in enumerate(zip(flight.processes, operation.batch.sequences, strict=True)):
             if process.state is State.ENDED:
                 continue
             process.state = State.READY
-            if event.error is not None:
-                self._fail(process, _as_error(event.error, DriverError))
+            if error is not None:
+                self._fail(process, as_error(error, DriverError))
                 continue
             process.computed += len(fed.tokens)
-            row = rows[index]
-            if isinstance(row, RowError):
-                self._fail(process, DriverError(row.message))
-            elif isinstance(row, Sampled):
-                chunk = process.append(row, self._now)
-                if chunk.finish_reason is None:
-                    self.flights.emit(ev.Deliver(process.pid, chunk))
-                else:
-                    self._end(process, chunk.finish_reason, chunk)
-            self._fork_waiting(process)
+            if fed.sample is not None:
+                self._advance(process, rows[index])
+            self._branch(process)
 
-    def _fork_waiting(self, process: Process) -> None:
-        forks, process.forks = process.forks, []
-        for pid, seed in forks:
-            self._fork(ev.Fork(pid, process.pid, seed))
+    def _advance(self, process: Process, row: Row) -> None:
+        """One more token of an answer, or the end of it."""
+        if not isinstance(row, Sampled):
+            message = row.message if isinstance(row, RowError) else "the driver gave no token for a row"
+            self._fail(process, DriverError(message))
+            return
+        try:
+            chunk = process.append(row, self._now)
+        except Exception as error:  # the image's decoder is a plugin's code: it may fail its process, not the kernel
+            self._fail(process, as_error(error, ModelError))
+            return
+        if chunk.finish_reason is None:
+            self.flights.emit(ev.Deliver(process.pid, chunk))
+        else:
+            self._end(process, chunk.finish_reason, chunk)
 
     def _gone(self, model: Model, error: BaseException | None = None) -> None:
-        waiting = model.load_tickets
-        self.residency.forget(model, None if error is None else _as_error(error, DriverError))
-        if not self.halting and (waiting or self._processes_of(model)):  # they came on its way out: begin again
-            self.residency.open(model.name).load_tickets = waiting
+        self.residency.forget(model, None if error is None else as_error(error, DriverError))
+        if self.halting:
+            for ticket in model.load_tickets:
+                self.flights.emit(ev.Reply(ticket, Closed("the kernel was closed")))
+        elif model.load_tickets or self._processes_of(model):  # they came on its way out: begin again
+            self.residency.open(model.name).load_tickets = model.load_tickets
 
     # -- ends --------------------------------------------------------------------------------------------------------
 
@@ -281,7 +294,7 @@ class Core:
         process.state = State.ENDED
         if process.table is not None:
             process.table.release()
-        self._fork_waiting(process)  # they are told that their parent has ended
+        self._branch(process)
 
     def _fail_model(self, model: Model, error: Exception) -> None:
         """The model cannot be had: tell all who wait for it."""
@@ -356,17 +369,10 @@ class Core:
             )
             self._fail(process, Refused(full))
 
-    # -- snapshots ---------------------------------------------------------------------------------------------------
+    # -- bookkeeping -------------------------------------------------------------------------------------------------
 
-    def ps(self, now: float) -> list[ProcessInfo]:
-        return [process.info(now) for process in self.processes.values()]
-
-    def list_models(self) -> list[ModelInfo]:
-        return [model.info(self.memory) for model in self.residency.models.values()]
-
-    def memory_info(self) -> MemoryInfo:
-        placements = [model.placement for model in self.residency.models.values() if model.placement]
-        return self.memory.info([placement.extents[-1] for placement in placements])
+    def ps(self) -> list[ProcessInfo]:
+        return [process.info(self._now) for process in self.processes.values()]
 
     def check(self) -> None:
         """The invariants of the ledger and the process table. Raises AssertionError."""
@@ -391,8 +397,3 @@ class Core:
 
     def _processes_of(self, model: Model) -> list[Process]:
         return [process for process in self.processes.values() if process.request.model == model.name]
-
-
-def _as_error(error: BaseException, kind: type[Error]) -> Error:
-    """What people see of a failure: our own errors as they are, anything else named by its type."""
-    return error if isinstance(error, Error) else kind(f"{type(error).__name__}: {error}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 
+from llm_os.kernel.errors import DriverError
 from llm_os.kernel.image import Image
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ class Footprint(Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int
     workspace: int  # scratch for the largest batch
     page_tokens: tuple[int, ...]  # page sizes that the driver can address, in tokens
+
+    def __post_init__(self) -> None:
+        """Raises DriverError where the ledger could not be kept with these numbers."""
+        sizes = (*self.extents, self.workspace, self.kv_bytes_per_token - 1, *(n - 1 for n in self.page_tokens))
+        if not self.page_tokens or min(sizes) < 0:
+            raise DriverError(f"a driver gave an impossible footprint: {self}")
 
 
 class Extent(Struct, frozen=True):
@@ -127,7 +134,10 @@ class DeviceMemory(Struct, frozen=True, kw_only=True):
 
 
 class Driver(Protocol):
-    """One device. Made by the factory that a plugin registered; used by one kernel, from the kernel's thread."""
+    """One device. Made by the factory that a plugin registered; used by one kernel.
+
+    Operations come from the kernel's thread; `info`, `footprint` and `memory` may come from any thread at any time.
+    """
 
     def info(self) -> DeviceInfo:
         """Cheap, callable at any time."""

@@ -58,3 +58,8 @@ class DriverError(Error):
 
 class Closed(Error):
     """The kernel was closed while the call was in flight, or before it."""
+
+
+def as_error(error: BaseException, kind: type[Error]) -> Error:
+    """What people see of a failure: our own errors as they are, anything else as `kind`, named by its type."""
+    return error if isinstance(error, Error) else kind(f"{type(error).__name__}: {error}")

@@ -30,6 +30,7 @@ from llm_os.kernel.config import Config
 from llm_os.kernel.core import Core
 from llm_os.kernel.driver import Driver
 from llm_os.kernel.errors import Closed, DriverError, RequestError
+from llm_os.kernel.image import Image
 from llm_os.kernel.memory import MemoryInfo
 from llm_os.kernel.plugins import Plugins
 from llm_os.kernel.process import ProcessInfo
@@ -53,7 +54,7 @@ class _Loop:
         self.tickets: dict[int, Future[None]] = {}
         self.host = ThreadPoolExecutor(2, thread_name_prefix="llm-os-host")
         self.gate = threading.Lock()  # guards `closed` against the mailboxes and tickets that are about to be added
-        self.closed: Closed | None = None  # what callers are told from now on
+        self.closed: str | None = None  # what callers are told from now on
 
     def run(self) -> None:
         events: list[ev.Event] = []
@@ -64,12 +65,14 @@ class _Loop:
                 self.perform(actions)
                 events = [] if self.core.halted else self.receive_all()
         except BaseException as error:  # a bug in the kernel: nobody may wait for ever
-            self.shut(Closed(f"the kernel failed: {error!r}"))
+            self.shut(f"the kernel failed: {error!r}")
             raise
         finally:
             self.abandon()
-            self.host.shutdown()
-            self.driver.close()
+            try:
+                self.host.shutdown()
+            finally:
+                self.driver.close()
 
     def receive_all(self) -> list[ev.Event]:
         events = [self.inbox.get()]
@@ -88,7 +91,7 @@ class _Loop:
                 case ev.Reply(ticket, error):
                     _settle(self.tickets.pop(ticket), error)
                 case ev.Close(image):
-                    self.host.submit(image.close)
+                    self.release(image)
                 case _:
                     self.operate(action)
 
@@ -125,7 +128,13 @@ class _Loop:
             image.close()
             raise
 
-    def shut(self, reason: Closed) -> None:
+    def release(self, image: Image) -> None:
+        try:
+            self.host.submit(image.close)
+        except RuntimeError:  # Python is exiting, and executors take no more work
+            image.close()
+
+    def shut(self, reason: str) -> None:
         """No call gets in from now on."""
         with self.gate:
             self.closed = self.closed or reason
@@ -133,9 +142,10 @@ class _Loop:
     def abandon(self) -> None:
         """After the last step: whoever still waits is told so."""
         for pid in list(self.mailboxes):
-            self.mailboxes.pop(pid).put(ev.Deliver(pid, error=self.closed))
+            if mailbox := self.mailboxes.pop(pid, None):  # its reader may be leaving at this moment
+                mailbox.put(ev.Deliver(pid, error=Closed(self.closed)))
         for ticket in list(self.tickets):
-            _settle(self.tickets.pop(ticket), self.closed)
+            _settle(self.tickets.pop(ticket), Closed(self.closed))
 
 
 class Kernel:
@@ -149,7 +159,12 @@ class Kernel:
         config = config or Config()
         plugins = Plugins(config)
         driver = plugins.open_driver()
-        self._loop = _Loop(Core(config, config.budget(driver.info().free_bytes)), driver, plugins)
+        try:
+            core = Core(config, config.budget(driver.info().free_bytes))
+        except BaseException:
+            driver.close()
+            raise
+        self._loop = _Loop(core, driver, plugins)
         self._ids = itertools.count(1)
         self._thread = threading.Thread(target=self._loop.run, name="llm-os-kernel", daemon=True)
         self._halt = weakref.finalize(self, _halt, self._loop, self._thread)
@@ -159,10 +174,12 @@ class Kernel:
 
     def stream(self, request: Request) -> Stream:
         """Start a process and return its stream; the model is loaded if it is not there. Returns at once."""
+        _check_type("request", request, Request)
         return self._spawn(lambda pid: ev.Submit(pid, request, int.from_bytes(os.urandom(8), "little")))
 
     def fork(self, pid: int) -> Stream:
         """A second answer that continues from where process `pid` is now, sharing its pages, with a new seed."""
+        _check_type("pid", pid, int)
         return self._spawn(lambda child: ev.Fork(child, pid, int.from_bytes(os.urandom(8), "little")))
 
     async def generate(self, request: Request) -> Completion:
@@ -171,10 +188,13 @@ class Kernel:
 
     async def kill(self, pid: int) -> None:
         """End a process; its stream gets a last chunk with finish_reason "cancelled". No error if it has ended."""
+        _check_type("pid", pid, int)
         await _wait(self._ask(lambda ticket: ev.Kill(pid, ticket)))
 
     def nice(self, pid: int, nice: int) -> None:
         """Change the class of a process: -20 is served first, 19 last. Blocks for one turn. Raises RequestError."""
+        _check_type("pid", pid, int)
+        _check_type("nice", nice, int)
         if not -20 <= nice <= 19:
             raise RequestError(f"nice is {nice}; it must be from -20 to 19")
         self._ask(lambda ticket: ev.Renice(ticket, pid, nice)).result()
@@ -183,10 +203,12 @@ class Kernel:
 
     async def load(self, model: str) -> None:
         """Bring a model to the device. Raises ModelError, Refused (with the bytes needed and free) or DriverError."""
+        _check_type("model", model, str)
         await _wait(self._ask(lambda ticket: ev.LoadModel(ticket, model)))
 
     async def unload(self, model: str) -> None:
         """Give back a model's memory. Raises ModelNotFound, or Refused while processes use it."""
+        _check_type("model", model, str)
         await _wait(self._ask(lambda ticket: ev.UnloadModel(ticket, model)))
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
@@ -194,18 +216,18 @@ class Kernel:
     def ps(self) -> list[ProcessInfo]:
         """Live processes, in order of arrival."""
         with self._loop.turn:
-            return self._loop.core.ps(time.monotonic())
+            return self._loop.core.ps()
 
     def memory(self) -> MemoryInfo:
         """The ledger, in bytes, and beside it what the driver says that it has allocated."""
         device = self._loop.driver.memory()
         with self._loop.turn:
-            return structs.replace(self._loop.core.memory_info(), driver=device.weights + device.kv)
+            return structs.replace(self._loop.core.residency.memory_info(), driver=device.weights + device.kv)
 
     def models(self) -> list[ModelInfo]:
         """Models that are open, on their way, or on the device."""
         with self._loop.turn:
-            return self._loop.core.list_models()
+            return self._loop.core.residency.infos()
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -230,7 +252,8 @@ class Kernel:
             self.close()
             return
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self.close)
+            # a limiter of its own: the shared one may be full of threads that wait for this kernel
+            await anyio.to_thread.run_sync(self.close, limiter=anyio.CapacityLimiter(1))
 
     def _spawn(self, submit: Callable[[int], ev.Event]) -> Stream:
         pid, mailbox = next(self._ids), Mailbox()
@@ -239,7 +262,7 @@ class Kernel:
                 self._loop.mailboxes[pid] = mailbox
                 self._loop.inbox.put(submit(pid))
             else:
-                mailbox.put(ev.Deliver(pid, error=self._loop.closed))
+                mailbox.put(ev.Deliver(pid, error=Closed(self._loop.closed)))
         return Stream(pid, mailbox, partial(_forget, self._loop, pid))
 
     def _ask(self, question: Callable[[int], ev.Event]) -> Future[None]:
@@ -249,14 +272,14 @@ class Kernel:
                 self._loop.tickets[ticket] = future
                 self._loop.inbox.put(question(ticket))
             else:
-                future.set_exception(self._loop.closed)
+                future.set_exception(Closed(self._loop.closed))
         return future
 
 
 def _halt(loop: _Loop, thread: threading.Thread) -> None:
     """Runs once: by close(), at exit, or when a forgotten Kernel is collected, which may happen in any thread, even one
     that the kernel's thread is waiting for: only close() and the main thread may wait."""
-    loop.shut(Closed("the kernel is closed"))
+    loop.shut("the kernel is closed")
     loop.inbox.put(ev.Halt())
     if threading.current_thread() is threading.main_thread():
         thread.join()
@@ -276,6 +299,12 @@ def encode(operation: ev.Encode) -> list[int]:
     if isinstance(request.prompt, str):
         return image.encode(request.prompt, raw=True)
     return list(request.prompt or ())
+
+
+def _check_type(name: str, value: object, kind: type) -> None:
+    """A wrong type stops at the door. Raises RequestError."""
+    if not isinstance(value, kind):
+        raise RequestError(f"{name} must be {kind.__name__}, not {type(value).__name__}")
 
 
 def _settle(future: Future[None], error: BaseException | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 import pluggy
 
@@ -30,7 +30,11 @@ class Plugins:
             if name not in installed:
                 there = ", ".join(sorted(installed)) or "none"
                 raise ConfigError(f"plugin {name!r} is not installed; installed third-party plugins: {there}")
-            self._manager.register(installed[name].load(), name)
+            self._manager.register(_load(installed[name]), name)
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise ConfigError(f"a plugin implements a hook that does not exist: {error}") from None
         self._drivers: dict[str, tuple[DriverFactory, DriverProbe]] = {}
         self._manager.hook.register_drivers(register=self._register_driver)
 
@@ -40,7 +44,7 @@ class Plugins:
 
     def probe(self) -> list[DeviceInfo]:
         """Every registered driver's view of this machine."""
-        return [probe() for _, probe in self._drivers.values()]
+        return [_probe(name, probe) for name, (_, probe) in self._drivers.items()]
 
     def open_driver(self) -> Driver:
         """The driver that the configuration names. Raises ConfigError or DriverError."""
@@ -64,3 +68,20 @@ class Plugins:
         if name in self._drivers or name == "auto":
             raise ConfigError(f"two plugins register a driver named {name!r}; disable one of them")
         self._drivers[name] = (factory, probe)
+
+
+def _load(point: EntryPoint) -> object:
+    """Imports a plugin. Its failure is told as ours, with its name."""
+    try:
+        plugin: object = point.load()
+    except Exception as error:
+        raise ConfigError(f"plugin {point.name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    return plugin
+
+
+def _probe(name: str, probe: DriverProbe) -> DeviceInfo:
+    try:
+        return probe()
+    except Exception as error:  # it promised not to; the other drivers still count
+        why = f"its probe failed: {type(error).__name__}: {error}"
+        return DeviceInfo(driver=name, device="", total_bytes=0, free_bytes=0, unavailable=why)

@@ -69,7 +69,8 @@ class Process:
     faulted: float | None = None  # when it began to wait for its model's weights
     admitted: float | None = None  # when it first could run
     first_token: float | None = None
-    forks: list[tuple[int, int]] = field(default_factory=list)  # (pid, seed) of children waiting for the batch to end
+    inherited: int = 0  # tokens of the answer that its parent generated
+    forks: list[Process] = field(default_factory=list)  # children that wait for the operation in flight to end
 
     @property
     def output(self) -> list[int]:
@@ -83,7 +84,7 @@ class Process:
     @property
     def salt(self) -> int:
         """What sets this tenant's pages apart from all others'."""
-        return zlib.crc32(self.request.tenant.encode())
+        return zlib.crc32(self.request.tenant.encode(errors="surrogatepass"))
 
     def sample(self) -> Sample:
         """How to choose the token at position len(tokens)."""
@@ -129,9 +130,13 @@ class Process:
                 f"max_tokens is {sampling.max_tokens}; after {len(tokens)} prompt tokens the context of "
                 f"{self.image.name} ({context}) leaves at most {room}"
             )
-        for token in (*tokens, *sampling.logit_bias):
-            if not 0 <= token < self.image.vocab_size:
-                raise RequestError(f"token id {token} is outside the vocabulary of {self.image.vocab_size}")
+        for name, ids in (("the prompt", tokens), ("logit_bias", sampling.logit_bias)):
+            for token in ids:
+                if not (isinstance(token, int) and 0 <= token < self.image.vocab_size):
+                    raise RequestError(
+                        f"{name} has token id {token}; the vocabulary of {self.image.name} ends at "
+                        f"{self.image.vocab_size - 1}"
+                    )
         self.tokens, self.prompt_tokens = tokens, len(tokens)
         self.max_tokens = sampling.max_tokens or room
         chat = self.request.messages is not None
@@ -166,17 +171,16 @@ class Process:
         self.text.append(text)
         return text
 
-    def fork(self, pid: int, seed: int, now: float) -> Process:
-        """A child that shares this process's pages and continues from here. Not while a batch writes them."""
+    def branch(self, child: Process, now: float) -> None:
+        """Let a new process share the pages and continue from here. Not while a batch writes them."""
         assert self.table is not None and self.image is not None
-        child = Process(pid, self.request, seed, now, parent=self.pid, nice=self.nice, state=State.READY)
         child.image = self.image
         child.admit(self.tokens[: self.prompt_tokens])
-        child.admitted = now
         for token, logprob in zip_longest(self.output, self.logprobs):
             child.append(Sampled(token, *((logprob.logprob, logprob.top) if logprob else ())), now)
+        child.inherited = len(self.output)
+        child.state, child.admitted, child.first_token = State.READY, now, None
         child.computed, child.table = self.computed, self.table.fork()
-        return child
 
     def completion(self, reason: FinishReason, now: float) -> Completion:
         admitted = now if self.admitted is None else self.admitted
@@ -191,7 +195,7 @@ class Process:
                 load_s=0.0 if self.faulted is None else admitted - self.faulted,
                 ttft_s=first - admitted,
                 prefill_tok_s=_rate(self.prompt_tokens, first - admitted),
-                decode_tok_s=_rate(output - 1, now - first),
+                decode_tok_s=_rate(output - self.inherited - 1, now - first),
             ),
             seed=self.seed,
             logprobs=tuple(self.logprobs),

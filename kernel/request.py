@@ -20,8 +20,10 @@ def _in_range(field: str, value: float | None, low: float, high: float) -> None:
 class Sampling(Strict, frozen=True, kw_only=True):
     """How an answer is sampled. None means: what the model recommends, else the value in brackets.
 
-    Raises RequestError for a value out of range.
+    Raises RequestError for an unknown field, a wrong type or a value out of range.
     """
+
+    error = RequestError
 
     max_tokens: int | None = None  # [as many as the context allows]
     temperature: float | None = None  # [0.7]; 0 is greedy
@@ -70,8 +72,10 @@ class SamplingDefaults(Struct, frozen=True, kw_only=True):
 class Request(Strict, frozen=True, kw_only=True):
     """One question to one model: either `messages` (through the model's chat template) or a raw `prompt`.
 
-    Raises RequestError when neither or both are given.
+    Raises RequestError when neither or both are given, and as Sampling does.
     """
+
+    error = RequestError
 
     model: str
     messages: list[dict[str, Any]] | None = None  # {"role": ..., "content": ...}

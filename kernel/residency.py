@@ -16,7 +16,7 @@ from llm_os.kernel.driver import Footprint, Placement
 from llm_os.kernel.errors import Refused, Unsupported
 from llm_os.kernel.flights import Flights
 from llm_os.kernel.image import Image
-from llm_os.kernel.memory import Memory, Slab, fit_page_tokens
+from llm_os.kernel.memory import Memory, MemoryInfo, Slab, fit_page_tokens
 
 
 class Where(StrEnum):
@@ -91,6 +91,17 @@ class Model:
         memory.release_extents(self.name)
         self.slab = self.placement = None
 
+    def check_room(self, memory: Memory, prompt_tokens: int, answer_tokens: int) -> None:
+        """Raises Refused for a request that could not get its pages if it were alone."""
+        assert self.slab is not None
+        needed = self.slab.frames_for(prompt_tokens + answer_tokens) * memory.frame_size
+        possible = (memory.frames - memory.extent_frames) * memory.frame_size
+        if needed > possible:
+            raise Refused(
+                f"{prompt_tokens} prompt tokens and {answer_tokens} more need {needed} bytes of KV; {possible} are "
+                "left beside the weights; lower max_tokens, shorten the prompt, or raise memory"
+            )
+
     def info(self, memory: Memory) -> ModelInfo:
         extents = self.placement.extents if self.placement else ()
         return ModelInfo(
@@ -156,3 +167,9 @@ class Residency:
         if model.image is not None:
             self._flights.emit(ev.Close(model.image))
         del self.models[model.name]
+
+    def infos(self) -> list[ModelInfo]:
+        return [model.info(self._memory) for model in self.models.values()]
+
+    def memory_info(self) -> MemoryInfo:
+        return self._memory.info([model.placement.extents[-1] for model in self.models.values() if model.placement])

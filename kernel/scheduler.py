@@ -6,7 +6,8 @@ its text decodes; one that is more behind prefills; nothing else tells the two a
 
 Order: class (nice), then decoding before prefilling, then arrival. When pages run out, the process with the highest
 (nice, pid) that comes after the one in need loses its pages and recomputes them later (vLLM, Kwon et al., SOSP 2023).
-The lowest (nice, pid) can always take what it needs, so somebody always gets on.
+Nobody takes pages from a process that is in this turn's batch already; when nobody is, the lowest (nice, pid) can take
+from all others. So somebody gets on every turn, and the lowest at the latest when those before it in the batch end.
 """
 
 from __future__ import annotations

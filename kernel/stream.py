@@ -117,7 +117,7 @@ class Stream:
     def _accept(self, delivery: Deliver) -> Chunk:
         if delivery.error is not None:
             self._kill.detach()
-            raise delivery.error
+            raise delivery.error.with_traceback(None)  # one error may be told to many: it must not keep their frames
         if delivery.completion is not None:
             self._kill.detach()
             self.completion = delivery.completion

@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from llm_os.drivers.store import Store as Store
     from llm_os.drivers.store import StoredModel as StoredModel
     from llm_os.kernel.config import Config as Config
+    from llm_os.kernel.driver import Batch as Batch
     from llm_os.kernel.driver import DeviceInfo as DeviceInfo
+    from llm_os.kernel.driver import DeviceMemory as DeviceMemory
+    from llm_os.kernel.driver import Driver as Driver
+    from llm_os.kernel.driver import Extent as Extent
+    from llm_os.kernel.driver import Footprint as Footprint
+    from llm_os.kernel.driver import Move as Move
+    from llm_os.kernel.driver import Placement as Placement
+    from llm_os.kernel.driver import RowError as RowError
+    from llm_os.kernel.driver import Sample as Sample
+    from llm_os.kernel.driver import Sampled as Sampled
+    from llm_os.kernel.driver import Sequence as Sequence
     from llm_os.kernel.errors import Closed as Closed
     from llm_os.kernel.errors import ConfigError as ConfigError
     from llm_os.kernel.errors import DriverError as DriverError
@@ -29,7 +40,10 @@ if TYPE_CHECKING:
     from llm_os.kernel.errors import RequestError as RequestError
     from llm_os.kernel.errors import StoreError as StoreError
     from llm_os.kernel.errors import Unsupported as Unsupported
+    from llm_os.kernel.hookspecs import RegisterDriver as RegisterDriver
     from llm_os.kernel.hookspecs import hookimpl as hookimpl
+    from llm_os.kernel.image import Image as Image
+    from llm_os.kernel.image import TextDecoder as TextDecoder
     from llm_os.kernel.kernel import Kernel as Kernel
     from llm_os.kernel.memory import MemoryInfo as MemoryInfo
     from llm_os.kernel.process import ProcessInfo as ProcessInfo
@@ -37,6 +51,7 @@ if TYPE_CHECKING:
     from llm_os.kernel.request import Completion as Completion
     from llm_os.kernel.request import Request as Request
     from llm_os.kernel.request import Sampling as Sampling
+    from llm_os.kernel.request import SamplingDefaults as SamplingDefaults
     from llm_os.kernel.request import Timings as Timings
     from llm_os.kernel.request import TokenLogprob as TokenLogprob
     from llm_os.kernel.request import Usage as Usage
@@ -44,10 +59,32 @@ if TYPE_CHECKING:
     from llm_os.kernel.stream import Stream as Stream
 
 _HOMES = {
-    "api": ("generate", "open_image", "plugins", "probe"),
-    "drivers.store": ("Progress", "Store", "StoredModel"),
+    "api": (
+        "generate",
+        "open_image",
+        "plugins",
+        "probe",
+    ),
+    "drivers.store": (
+        "Progress",
+        "Store",
+        "StoredModel",
+    ),
     "kernel.config": ("Config",),
-    "kernel.driver": ("DeviceInfo",),
+    "kernel.driver": (
+        "Batch",
+        "DeviceInfo",
+        "DeviceMemory",
+        "Driver",
+        "Extent",
+        "Footprint",
+        "Move",
+        "Placement",
+        "RowError",
+        "Sample",
+        "Sampled",
+        "Sequence",
+    ),
     "kernel.errors": (
         "Closed",
         "ConfigError",
@@ -61,11 +98,27 @@ _HOMES = {
         "StoreError",
         "Unsupported",
     ),
-    "kernel.hookspecs": ("hookimpl",),
+    "kernel.hookspecs": (
+        "RegisterDriver",
+        "hookimpl",
+    ),
+    "kernel.image": (
+        "Image",
+        "TextDecoder",
+    ),
     "kernel.kernel": ("Kernel",),
     "kernel.memory": ("MemoryInfo",),
     "kernel.process": ("ProcessInfo",),
-    "kernel.request": ("Chunk", "Completion", "Request", "Sampling", "Timings", "TokenLogprob", "Usage"),
+    "kernel.request": (
+        "Chunk",
+        "Completion",
+        "Request",
+        "Sampling",
+        "SamplingDefaults",
+        "Timings",
+        "TokenLogprob",
+        "Usage",
+    ),
     "kernel.residency": ("ModelInfo",),
     "kernel.stream": ("Stream",),
 }

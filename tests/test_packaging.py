@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import shutil
 import subprocess
@@ -83,6 +84,23 @@ def test_versions_agree() -> None:
     import llm_os
 
     assert importlib.metadata.version("llm-os-runtime") == llm_os.__version__
+
+
+def test_the_kernel_imports_only_the_standard_library_and_three_packages() -> None:
+    """An allow-list, which import-linter has no form for."""
+    allowed = {"llm_os.kernel", "msgspec", "anyio", "pluggy"} | sys.stdlib_module_names
+    for path in (ROOT / "kernel").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Import(names):
+                    modules = [alias.name for alias in names]
+                case ast.ImportFrom(module=str(module), level=0):
+                    modules = [module]
+                case _:
+                    continue
+            for module in modules:
+                package = ".".join(module.split(".")[: 2 if module.startswith("llm_os.") else 1])
+                assert package in allowed, f"{path.relative_to(ROOT)} imports {module}"
 
 
 @pytest.mark.parametrize("package", ["torchvision", "triton"])

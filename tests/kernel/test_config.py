@@ -11,7 +11,7 @@ from llm_os.kernel.request import Request, Sampling
 def test_an_unknown_field_is_refused_with_the_one_that_was_meant() -> None:
     with pytest.raises(ConfigError, match="no field 'pagesize'; did you mean 'frame_size'"):
         Config(pagesize=16)
-    with pytest.raises(ConfigError, match="Sampling has no field 'max_token'; did you mean 'max_tokens'"):
+    with pytest.raises(RequestError, match="Sampling has no field 'max_token'; did you mean 'max_tokens'"):
         Sampling(max_token=3)
 
 
@@ -37,6 +37,8 @@ def test_any_text_is_a_size_or_a_config_error(text: str) -> None:
         {"memory": "lots"},
         {"memory": "-1"},
         {"memory": 1},
+        {"memory": "1000000TiB"},
+        {"memory": "999999999999999999TiB"},
         {"frame_size": 12},
         {"batch_tokens": 0},
         {"batch_size": -1},
@@ -72,6 +74,50 @@ def test_a_config_value_out_of_range_names_its_field(fields: dict[str, object]) 
 def test_a_sampling_value_out_of_range_names_its_field(fields: dict[str, object]) -> None:
     with pytest.raises(RequestError, match=next(iter(fields)).split("_")[0]):
         Sampling(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": ["a"], "prompt": "x"},
+        {"model": "m", "prompt": ["a"]},
+        {"model": "m", "prompt": [None]},
+        {"model": "m", "prompt": b"x"},
+        {"model": "m", "prompt": "x", "tenant": None},
+        {"model": "m", "prompt": "x", "sampling": None},
+        {"model": "m", "prompt": "x", "sampling": {"max_token": 3}},
+        {"model": "m", "prompt": "x", "nice": 1.5},
+        {"model": "m", "messages": "hello"},
+        {"model": "m", "messages": ["hello"]},
+        {"prompt": "x"},
+    ],
+)
+def test_a_request_of_wrong_types_is_refused_where_it_is_made(fields: dict[str, object]) -> None:
+    with pytest.raises(RequestError):
+        Request(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"seed": 1.5},
+        {"stop": "END"},
+        {"stop": (b"a",)},
+        {"logit_bias": {1.5: 1.0}},
+        {"logit_bias": [1]},
+        {"logprobs": 1.5},
+    ],
+)
+def test_sampling_of_wrong_types_is_refused_with_the_field(fields: dict[str, object]) -> None:
+    with pytest.raises(RequestError, match=next(iter(fields))):
+        Sampling(**fields)
+
+
+def test_what_was_checked_cannot_be_changed_afterwards() -> None:
+    bias, prompt = {1: 1.0}, [1, 2]
+    sampling, request = Sampling(logit_bias=bias), Request(model="m", prompt=prompt)
+    bias[2], prompt[0] = float("nan"), -1
+    assert sampling.logit_bias == {1: 1.0} and request.prompt == [1, 2]
 
 
 def test_a_request_has_either_messages_or_a_prompt() -> None:

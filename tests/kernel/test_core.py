@@ -42,9 +42,9 @@ def test_a_page_freed_under_a_running_batch_waits_for_the_batch(machine: Any) ->
     m.until(ev.Run)
     m.post(ev.Kill(1))
     assert m.end(1) == "cancelled"
-    assert m.core.memory_info().kv > 0
+    assert m.core.residency.memory_info().kv > 0
     m.complete()
-    assert m.core.memory_info().kv == 0
+    assert m.core.residency.memory_info().kv == 0
 
 
 @pytest.mark.parametrize("moment", [ev.Open, ev.Encode, ev.Load, ev.Run])
@@ -55,7 +55,7 @@ def test_a_cancel_in_any_state_leaves_nothing_behind(machine: Any, moment: type)
     m.post(ev.Kill(1), ev.Kill(1))
     m.settle()
     assert m.end(1) == "cancelled" and not m.core.processes
-    assert m.core.memory_info().kv == 0
+    assert m.core.residency.memory_info().kv == 0
     m.submit(2)
     m.settle()
     assert m.tokens(2) == m.expected(2)
@@ -102,6 +102,55 @@ def test_a_fork_shares_pages_until_it_writes(machine: Any) -> None:
     assert recomputed == 20 - shared, "the child feeds only its own new tokens"
 
 
+@pytest.mark.parametrize("killed", [1, 2])
+def test_a_kill_reaches_a_fork_that_waits_for_its_parents_batch(machine: Any, killed: int) -> None:
+    m = machine()
+    m.submit(1, sampling={"max_tokens": 40})
+    m.until(ev.Run)
+    m.fork(2, 1)
+    m.post(ev.Kill(killed))
+    m.settle()
+    assert m.end(killed) == "cancelled" and m.tokens(killed) == []
+    assert m.end(3 - killed) == ("RequestError" if killed == 1 else "length")
+    assert m.core.residency.memory_info().kv == 0
+
+
+@pytest.mark.parametrize("rows", [(), (None,), ("junk",)])
+def test_a_driver_that_answers_nonsense_ends_the_request_only(machine: Any, rows: tuple[Any, ...]) -> None:
+    m = machine()
+    m.submit(1)
+    m.until(ev.Run)
+    m.mangle = lambda operation, result: rows
+    m.complete()
+    assert m.end(1) == "DriverError"
+    m.mangle = lambda operation, result: result
+    m.submit(2)
+    m.settle()
+    assert m.tokens(2) == m.expected(2)
+
+
+@pytest.mark.parametrize("tokens", ["text", [1.5], [-1], [None], None])
+def test_an_image_that_encodes_nonsense_ends_the_request_only(machine: Any, tokens: Any) -> None:
+    m = machine()
+    m.submit(1)
+    m.until(ev.Encode)
+    m.mangle = lambda operation, result: tokens
+    m.complete()
+    m.mangle = lambda operation, result: result
+    m.submit(2)
+    m.settle()
+    assert m.end(1) == "RequestError" and m.tokens(2) == m.expected(2)
+
+
+@pytest.mark.parametrize("field", ["kv_bytes_per_token=0", "layer_bytes=-5", "nonsense=1"])
+def test_a_model_with_impossible_sizes_is_refused(machine: Any, field: str) -> None:
+    m = machine()
+    m.submit(1, model=f"sim:a?{field}")
+    m.submit(2)
+    m.settle()
+    assert m.end(1) in ("DriverError", "ModelNotFound") and m.tokens(2) == m.expected(2)
+
+
 def test_models_take_turns_and_do_not_mix(machine: Any) -> None:
     m = machine()
     m.submit(1, model="sim:a", sampling={"max_tokens": 20})
@@ -138,7 +187,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_bytes(machine: Any) -> No
         ("x" * 64, {}, "the prompt has 64 tokens, the context of sim:.* is 64"),
         ("x" * 60, {"max_tokens": 5}, "max_tokens is 5; .* at most 4"),
         ("x", {"max_tokens": 2**31 - 1}, "max_tokens is 2147483647; .* at most 63"),
-        ("x", {"logit_bias": {257: 1.0}}, "token id 257 is outside the vocabulary of 257"),
+        ("x", {"logit_bias": {257: 1.0}}, "logit_bias has token id 257; the vocabulary of .* ends at 256"),
     ],
 )
 def test_a_request_that_does_not_fit_its_model_names_the_limit(
@@ -165,7 +214,7 @@ def test_an_open_ended_answer_ends_with_length_when_memory_is_full(machine: Any)
     m.submit(1, "x" * 10, sampling={"max_tokens": None})
     m.settle()
     assert m.end(1) == "length" and 50 < len(m.tokens(1)) < 200
-    assert m.core.memory_info().kv == 0
+    assert m.core.residency.memory_info().kv == 0
 
 
 def test_a_full_queue_refuses_at_once(machine: Any) -> None:
@@ -208,7 +257,7 @@ def test_a_failed_batch_ends_its_requests_and_the_next_one_runs(machine: Any) ->
     m.mangle = lambda operation, result: result
     m.submit(2)
     m.settle()
-    assert m.tokens(2) == m.expected(2) and m.core.memory_info().kv == 0
+    assert m.tokens(2) == m.expected(2) and m.core.residency.memory_info().kv == 0
 
 
 def test_a_failed_load_gives_its_memory_back(machine: Any) -> None:
@@ -222,7 +271,7 @@ def test_a_failed_load_gives_its_memory_back(machine: Any) -> None:
     m.mangle = mangle
     m.complete()
     assert isinstance(m.replies[5].error, DriverError)
-    assert m.core.memory_info().free == m.core.memory_info().total and m.closed_images == 1
+    assert m.core.residency.memory_info().free == m.core.residency.memory_info().total and m.closed_images == 1
 
 
 def test_unload_is_refused_while_processes_live_and_gives_all_back_after(machine: Any) -> None:
@@ -234,7 +283,7 @@ def test_unload_is_refused_while_processes_live_and_gives_all_back_after(machine
     m.post(ev.Kill(1), ev.UnloadModel(2, "sim:a"))
     assert 2 not in m.replies, "a batch in flight still names its pages"
     m.settle()
-    assert m.replies[2].error is None and m.core.memory_info().free == m.core.memory_info().total
+    assert m.replies[2].error is None and m.core.residency.memory_info().free == m.core.residency.memory_info().total
     m.post(ev.UnloadModel(3, "sim:a"))
     assert "not loaded" in str(m.replies[3].error)
 
@@ -274,7 +323,7 @@ def test_halt_at_any_moment_ends_everything(machine: Any, moment: type) -> None:
     m.submit(2)
     m.settle()
     assert m.core.halted and m.end(1) == "Closed" and m.end(2) == "Closed"
-    assert m.core.memory_info().free == m.core.memory_info().total and 9 in m.replies
+    assert m.core.residency.memory_info().free == m.core.residency.memory_info().total and 9 in m.replies
 
 
 def test_stop_strings_end_the_answer_and_are_not_part_of_it(machine: Any) -> None:

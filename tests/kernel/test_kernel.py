@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -197,6 +200,18 @@ def test_an_error_reaches_the_one_who_asked(kernel: llm_os.Kernel) -> None:
     assert len(kernel.stream(ask()).result().token_ids) == 20
 
 
+def test_a_call_with_a_wrong_type_is_refused_at_the_door(kernel: llm_os.Kernel) -> None:
+    bad: Any = ["a"]
+    for call in (kernel.load, kernel.unload, kernel.kill):
+        with pytest.raises(llm_os.RequestError, match="must be"):
+            anyio.run(call, bad)
+    for refused in (lambda: kernel.stream(bad), lambda: kernel.fork(bad), lambda: kernel.nice(bad, 0)):
+        with pytest.raises(llm_os.RequestError, match="must be"):
+            refused()
+    odd = llm_os.Request(model="sim:a", prompt="x", tenant="\ud800", sampling=llm_os.Sampling(max_tokens=2))
+    assert len(kernel.stream(odd).result().token_ids) == 2
+
+
 def test_a_fork_continues_from_its_parent(kernel: llm_os.Kernel) -> None:
     parent = kernel.stream(endless(temperature=1.0))
     next(parent)
@@ -229,6 +244,32 @@ def test_a_forgotten_kernel_stops_by_itself() -> None:
     gc.collect()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_a_script_that_never_closes_its_kernel_exits_in_silence() -> None:
+    code = (
+        "import llm_os; k = llm_os.Kernel(llm_os.Config(driver='sim', memory='128MiB'));"
+        "s = k.stream(llm_os.Request(model='sim:a', prompt='x', sampling=llm_os.Sampling(max_tokens=3)));"
+        "print(len(s.result().token_ids))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
+
+
+def test_calls_on_a_closed_kernel_do_not_keep_their_frames(kernel: llm_os.Kernel) -> None:
+    class Witness:
+        pass
+
+    def call() -> weakref.ref[Witness]:
+        witness = Witness()
+        with pytest.raises(llm_os.Closed):
+            kernel.stream(ask()).result()
+        return weakref.ref(witness)
+
+    kernel.close()
+    witnesses = [call() for _ in range(5)]
+    gc.collect()
+    assert [witness() for witness in witnesses] == [None] * 5
 
 
 def test_two_kernels_in_one_process_do_not_meet() -> None:
