@@ -5,7 +5,7 @@
 
 Every count, length, type, dimension and offset is checked against the file before anything is allocated or looped over,
 so a hostile file costs no more time and memory than a sound one of its size. Does not know what the keys and tensors
-mean: see `gguf_model`.
+mean: see `gguf_architecture`, `gguf_weights` and `tokenizer`.
 """
 
 from __future__ import annotations

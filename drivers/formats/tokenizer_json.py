@@ -13,59 +13,61 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import msgspec
 from tokenizers import Tokenizer as Library
 
+from llm_os.drivers.formats.json_files import decode_object, read_bytes, read_object
+from llm_os.drivers.formats.mapped import shown
 from llm_os.drivers.formats.tokenizer import Tokenizer
 from llm_os.drivers.formats.vocabulary import Kind, Vocabulary
 from llm_os.kernel.errors import FormatError, Unsupported
 
-MAX_TOKENIZER = 128 * 1024 * 1024  # bytes; gemma3's, with 262,144 tokens, has 33 MB
-MAX_SETTINGS = 16 * 1024 * 1024
+MAX_TOKENIZER = 64 << 20  # bytes; gemma3's, with 262,144 tokens and 514,906 merges, has 33 MB
+MAX_VALUES = 3 << 20  # gemma3's has 1.9 million
 MAX_TOKENS = 1 << 22
 
+_PIPELINE = ("normalizer", "pre_tokenizer", "decoder")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def read_directory(path: Path) -> Tokenizer:
     """Raises FormatError or Unsupported, naming the file and the field."""
     file = path / "tokenizer.json"
-    description = _read(file, MAX_TOKENIZER)
-    if description is None:
+    data = read_bytes(file, MAX_TOKENIZER)
+    if data is None:
         raise FormatError(f"{file} is missing: the model has no tokenizer")
-    source = _Json(file, description)
-    settings = _read(path / "special_tokens_map.json", MAX_SETTINGS) or {}
-    settings |= _read(path / "tokenizer_config.json", MAX_SETTINGS) or {}
-    generation = _read(path / "generation_config.json", MAX_SETTINGS) or {}
+    source = _Json(file, decode_object(data, str(file), MAX_VALUES))
+    settings = read_object(path / "special_tokens_map.json") or {}
+    settings |= read_object(path / "tokenizer_config.json") or {}
+    generation = read_object(path / "generation_config.json") or {}
     tokens, kinds = source.tokens()
     byte_level = source.is_byte_level()
     ids = {text: token for token, text in enumerate(tokens) if text}
     bos, eos = (ids.get(_text(settings.get(f"{role}_token"))) for role in ("bos", "eos"))
     ends = generation.get("eos_token_id")
-    listed = [ends] if isinstance(ends, int) else ends or []
-    if not isinstance(listed, list) or not all(isinstance(end, int) and end >= 0 for end in listed):
+    listed = [ends] if type(ends) is int else ends or []
+    if not isinstance(listed, list) or not all(type(end) is int and end >= 0 for end in listed):
         raise FormatError(f"{path / 'generation_config.json'}: eos_token_id is neither a token id nor a list of them")
     listed = [end for end in listed if end < len(tokens)]
     if eos is None and listed:
         eos = listed[0]
     vocabulary = Vocabulary(tokens, kinds, byte_level=byte_level, bos=bos, eos=eos, ends=listed)
     with _library_errors(file):
-        chat = Library.from_str(source.text)
+        chat = Library.from_buffer(data)
         add_bos = settings.get("add_bos_token")
         if not isinstance(add_bos, bool):  # then the post-processor decides
             add_bos = bos is not None and chat.encode("").ids[:1] == [bos]
-    return Tokenizer(vocabulary, _Encoder(chat, file, source.text), add_bos=add_bos, prefix_space=source.adds_space())
+    return Tokenizer(vocabulary, _Encoder(chat, file, data), add_bos=add_bos, prefix_space=source.adds_space())
 
 
 class _Encoder:
     """Two instances of the library's tokenizer: whether special tokens are recognised is a property of one."""
 
-    def __init__(self, chat: Library, file: Path, description: str) -> None:
+    def __init__(self, chat: Library, file: Path, data: bytes) -> None:
         chat.no_padding()
         chat.no_truncation()
         self._chat = chat
         self._file = file
-        self._description = description
+        self._data = data
         self._raw: Library | None = None
         self._lock = threading.Lock()
 
@@ -78,11 +80,11 @@ class _Encoder:
     def _plain(self) -> Library:
         with self._lock:
             if self._raw is None:  # on first use: it costs as much time and memory as the other
-                raw = Library.from_str(self._description)
+                raw = Library.from_buffer(self._data)
                 raw.no_padding()
                 raw.no_truncation()
                 raw.encode_special_tokens = True
-                self._raw, self._description = raw, ""
+                self._raw, self._data = raw, b""
             return self._raw
 
 
@@ -93,7 +95,10 @@ class _Json:
         self._file = file
         self._description = description
         self._model = self._object("model")
-        self.text = file.read_text(encoding="utf-8")
+        for part in _PIPELINE:
+            for kind in self._find("type", part):
+                if not isinstance(kind, str):
+                    self._fail(f"{part}.type", f"is {shown(kind)}; it must be a string")
         for pattern in self._find("Regex"):
             if isinstance(pattern, str) and _repeats_repetition(pattern):
                 raise Unsupported(f"{file}: the pattern {pattern[:80]!r} repeats repetitions; its time has no bound")
@@ -113,17 +118,16 @@ class _Json:
         else:
             self._fail("model.vocab", "is neither an object nor a list of pairs")
         for token, text in entries:
-            byte = self._model.get("byte_fallback") is True and isinstance(text, str) and _BYTE_TOKEN.fullmatch(text)
+            self._check_token("model.vocab", token, text)
+            byte = self._model.get("byte_fallback") is True and _BYTE_TOKEN.fullmatch(text)
             found[token] = text, Kind.BYTE if byte else Kind.UNKNOWN if text == unknown else Kind.NORMAL
         added = self._description.get("added_tokens") or []
         if not isinstance(added, list) or not all(isinstance(entry, dict) for entry in added):
             self._fail("added_tokens", "is no list of objects")
         for entry in added:
-            special = Kind.CONTROL if entry.get("special") is True else Kind.USER_DEFINED
-            found[entry.get("id")] = entry.get("content"), special
-        for token, (text, _) in found.items():
-            if not isinstance(token, int) or not 0 <= token < MAX_TOKENS or not isinstance(text, str):
-                self._fail("model.vocab or added_tokens", f"gives the id {str(token)[:80]} to {str(text)[:80]!r}")
+            token, text = entry.get("id"), entry.get("content")
+            self._check_token("added_tokens", token, text)
+            found[token] = text, Kind.CONTROL if entry.get("special") is True else Kind.USER_DEFINED
         if not found:
             self._fail("model.vocab", "is empty")
         size = max(found) + 1
@@ -134,7 +138,7 @@ class _Json:
 
     def is_byte_level(self) -> bool:
         """How tokens spell text: as GPT-2's bytes, or with U+2581 for spaces."""
-        types = {kind for part in ("decoder", "pre_tokenizer") for kind in self._find("type", part)}
+        types = self._find("type", "decoder") + self._find("type", "pre_tokenizer")
         if "ByteLevel" in types:
             return True
         if "Metaspace" in types or "▁" in self._find("content", "decoder") or "▁" in self._find("String", "decoder"):
@@ -152,7 +156,7 @@ class _Json:
 
     def _find(self, name: str, part: str | None = None) -> list[Any]:
         """Every value of the field `name` in a part of the pipeline."""
-        parts = (part,) if part else ("normalizer", "pre_tokenizer", "decoder")
+        parts = (part,) if part else _PIPELINE
         return [inner[name] for key in parts for inner in self._parts(self._description.get(key)) if name in inner]
 
     def _parts(self, value: Any) -> Iterator[dict[str, Any]]:
@@ -170,6 +174,10 @@ class _Json:
         if not isinstance(value, dict):
             self._fail(field, "is missing or no object")
         return value
+
+    def _check_token(self, field: str, token: Any, text: Any) -> None:
+        if type(token) is not int or not 0 <= token < MAX_TOKENS or not isinstance(text, str):
+            self._fail(field, f"gives the id {shown(token)} to {shown(text)}; ids are from 0 to {MAX_TOKENS - 1}")
 
     def _fail(self, field: str, problem: str) -> NoReturn:
         raise FormatError(f"{self._file}: {field} {problem}")
@@ -201,21 +209,6 @@ def _repeats_repetition(pattern: str) -> bool:
             if open_groups:
                 open_groups[-1] = True
     return False
-
-
-def _read(file: Path, limit: int) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file."""
-    try:
-        if not file.exists():
-            return None
-        if (size := file.stat().st_size) > limit:
-            raise FormatError(f"{file} has {size} bytes; the limit is {limit}")
-        value = msgspec.json.decode(file.read_bytes())
-    except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise FormatError(f"{file} is no readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{file} is no JSON object")
-    return value
 
 
 def _text(token: Any) -> str:

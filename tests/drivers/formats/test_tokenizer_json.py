@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from llm_os.drivers.formats.gguf import GgufFile
+from llm_os.drivers.formats.json_files import decode_object
 from llm_os.drivers.formats.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
-from llm_os.kernel.errors import FormatError, Unsupported
+from llm_os.drivers.formats.tokenizer_json import MAX_TOKENIZER, MAX_VALUES
+from llm_os.kernel.errors import Error, FormatError, Unsupported
 
 CASES = json.loads((Path(__file__).parents[2] / "data" / "smollm2_tokens.json").read_text(encoding="utf-8"))["cases"]
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
 def write(directory: Path, name: str, content: Any) -> None:
@@ -117,14 +125,67 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         tokenizer_from_directory(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no FIFOs")
+@pytest.mark.parametrize("name", FILES)
+def test_a_fifo_in_place_of_a_file_blocks_nothing(name: str, small: Path) -> None:
+    (small / name).unlink(missing_ok=True)
+    os.mkfifo(small / name)
+    with pytest.raises(FormatError, match=rf"{re.escape(name)}: not a regular file$"):
+        tokenizer_from_directory(small)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="the system has no /dev/zero")
+@pytest.mark.parametrize("name", FILES)
+def test_an_endless_device_in_place_of_a_file_is_not_read(name: str, small: Path) -> None:
+    (small / name).unlink(missing_ok=True)
+    (small / name).symlink_to("/dev/zero")
+    with pytest.raises(FormatError, match=rf"{re.escape(name)}: not a regular file$"):
+        tokenizer_from_directory(small)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("values", ["[],", "0,", "[" * 500 + "]" * 500 + ","])
+def test_a_file_of_very_many_small_values_is_refused_unparsed(values: str, name: str, small: Path) -> None:
+    (small / name).write_text('{"x":[' + values * (2**22 // values.count(values[0])) + "0]}", encoding="utf-8")
+    with pytest.raises(FormatError, match=rf"{re.escape(name)}: has more than \d+ JSON values$"):
+        tokenizer_from_directory(small)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("values", ["{},", '{"":' * 100 + "0" + "}" * 100 + ","])
+def test_a_file_of_very_many_objects_is_refused_unparsed(values: str, name: str, small: Path) -> None:
+    (small / name).write_text('{"x":[' + values * (2**19 // values.count("{")) + "0]}", encoding="utf-8")
+    with pytest.raises(FormatError, match=rf"{re.escape(name)}: has more than \d+ JSON (objects|values)$"):
+        tokenizer_from_directory(small)
+
+
+def test_a_tokenizer_of_too_many_bytes_is_not_read(small: Path) -> None:
+    os.truncate(small / "tokenizer.json", 2**30)
+    with pytest.raises(FormatError, match=r"tokenizer\.json: has 1073741824 bytes; the limit is 67108864$"):
+        tokenizer_from_directory(small)
+
+
+def test_as_many_tokens_and_merges_as_gemma3_has_are_within_the_limits() -> None:
+    vocabulary = {f"token {token}": token for token in range(262_144)}
+    merges = [[f"left {merge}", f"right {merge}"] for merge in range(514_906)]
+    added = [{"id": token, "content": f"<unused{token}>", "special": True} | FLAGS for token in range(6_415)]
+    content = {"added_tokens": added, "model": {"type": "BPE", "vocab": vocabulary, "merges": merges}}
+    data = json.dumps(content, indent=2).encode()
+    assert len(data) < MAX_TOKENIZER
+    assert decode_object(data, "tokenizer.json", MAX_VALUES) == content
+
+
+@pytest.mark.parametrize("name", FILES[1:])
 def test_a_damaged_file_beside_it_is_named(name: str, small: Path) -> None:
     (small / name).write_text("{", encoding="utf-8")
     with pytest.raises(FormatError, match=re.escape(name)):
         tokenizer_from_directory(small)
 
 
-@pytest.mark.parametrize("ends", ["2", {"a": 1}, ["2"], [-1], 1.5])
+@pytest.mark.parametrize("ends", ["2", {"a": 1}, ["2"], [-1], 1.5, True, [[1]]])
 def test_ends_that_are_no_ids_are_refused(ends: Any, small: Path) -> None:
     write(small, "generation_config.json", {"eos_token_id": ends})
     with pytest.raises(FormatError, match="eos_token_id"):
@@ -142,11 +203,34 @@ def test_ends_that_are_no_ids_are_refused(ends: Any, small: Path) -> None:
         {"type": "BPE", "vocab": 7, "merges": []},
         {"type": "BPE", "merges": []},
         {"type": "Unigram", "vocab": [[]]},
+        {"type": "Unigram", "vocab": [[["a"], 0.0]]},
+        {"type": "BPE", "vocab": {"a": [0]}, "merges": []},
+        {"type": "BPE", "vocab": {"a": {}}, "merges": []},
+        {"type": "BPE", "vocab": {"a": True}, "merges": []},
     ],
 )
 def test_damaged_vocabularies_are_refused(model: Any, small: Path) -> None:
     change(small, model=model, added_tokens=[])
     with pytest.raises(FormatError, match=r"tokenizer\.json: [^\n]+$"):
+        tokenizer_from_directory(small)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"added_tokens": [{"id": [1]}]}, r"added_tokens gives the id \[1\] to None"),
+        ({"added_tokens": [{"id": {}, "content": "a"}]}, r"added_tokens gives the id \{\} to 'a'"),
+        ({"added_tokens": [{"id": "1\n", "content": "a"}]}, r"added_tokens gives the id '1\\n' to 'a'"),
+        ({"model": {"type": "BPE", "vocab": {"a": [0]}}}, r"model\.vocab gives the id \[0\] to 'a'"),
+        ({"decoder": {"type": ["x"]}}, r"decoder\.type is \['x'\]"),
+        ({"decoder": {"type": "Sequence", "decoders": [{"type": {}}]}}, r"decoder\.type is \{\}"),
+        ({"pre_tokenizer": {"type": [{"type": "ByteLevel"}]}}, r"pre_tokenizer\.type is \[\{"),
+        ({"normalizer": {"type": None}}, r"normalizer\.type is None"),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named(fields: Any, problem: str, small: Path) -> None:
+    change(small, **fields)
+    with pytest.raises(FormatError, match=rf"tokenizer\.json: {problem}[^\n]*$"):
         tokenizer_from_directory(small)
 
 
@@ -162,3 +246,108 @@ def test_patterns_without_a_bound_in_time_are_refused(pattern: str, small: Path)
     change(small, pre_tokenizer=split)
     with pytest.raises(Unsupported, match="repeats repetitions"):
         tokenizer_from_directory(small)
+
+
+SOUND: list[dict[str, Any]] = [
+    {
+        "added_tokens": [{"id": 3, "content": "<s>", "special": True} | FLAGS],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": "\\d|\\s+"}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [3], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": {"h": 0, "e": 1, "he": 2}, "merges": [["h", "e"]], "unk_token": None},
+    },
+    {
+        "added_tokens": [{"id": 0, "content": "<unk>", "special": True} | FLAGS],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+        "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["▁he", -1.5]], "byte_fallback": False},
+    },
+]
+VALUES = st.one_of(
+    st.sampled_from([None, True, 0, 1, -1, 2**22, 2**31, 2**32, 2**63, 2**64, 0.5, -1e300]),
+    st.sampled_from(["", "x", "he", "<s>", "▁", "\n", "\0", "BPE", "Unigram", "ByteLevel", "Metaspace", "Sequence"]),
+    st.sampled_from(
+        ["NFC", "Replace", "Split", "Prepend", "ByteFallback", "Fuse", "Strip", "WordPiece", "Precompiled"]
+    ),
+    st.sampled_from([[], {}, [[]], [{}], ["x"], [0], {"x": None}, {"type": []}, {"String": "x"}, {"Regex": "(("}]),
+)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value inside."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*at, key)
+        yield from places(value[key], (*at, key))
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> dict[str, Any]:
+    content: dict[str, Any] = copy.deepcopy(draw(st.sampled_from(SOUND)))
+    for _ in range(draw(st.integers(1, 3))):
+        *way, last = draw(st.sampled_from(list(places(content)) or [("x",)]))
+        target: Any = content
+        for key in way:
+            target = target[key]
+        if draw(st.booleans()) or last not in target:
+            target[last] = copy.deepcopy(draw(VALUES))
+        else:
+            del target[last]
+    return content
+
+
+def use_or_refuse(directory: Path) -> None:
+    """A tokenizer that works, or an error of one line that names the place."""
+    try:
+        tokenizer = tokenizer_from_directory(directory)
+        for raw in (True, False):
+            ids = tokenizer.encode("he 12 <s>é", raw=raw)
+            decoder = tokenizer.decoder()
+            assert all(isinstance(decoder.push(token), str) for token in ids)
+        assert all(0 <= end < tokenizer.vocab_size for end in tokenizer.turn_end_tokens(None))
+    except Error as error:
+        assert str(directory) in str(error)
+        assert "\n" not in str(error)
+        assert len(str(error)) < 600
+
+
+@pytest.mark.parametrize("content", SOUND)
+def test_the_tokenizers_are_sound_before_they_are_damaged(content: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path, "tokenizer.json", content)
+    tokenizer = tokenizer_from_directory(tmp_path)
+    decoder = tokenizer.decoder()
+    assert "".join(map(decoder.push, tokenizer.encode("he", raw=True))).strip() == "he"
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(mutated())
+def test_a_tokenizer_with_any_values_replaced_works_or_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+    write(tmp_path, "tokenizer.json", content)
+    use_or_refuse(tmp_path)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.sampled_from(SOUND),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),
+)
+def test_a_tokenizer_with_flipped_bytes_works_or_is_refused(
+    tmp_path: Path, content: dict[str, Any], flips: list[tuple[float, int]]
+) -> None:
+    data = bytearray(json.dumps(content).encode())
+    for place, byte in flips:
+        data[int(place * len(data))] = byte
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    use_or_refuse(tmp_path)
