@@ -25,6 +25,7 @@ MAX_TOKENIZER = 64 << 20  # bytes; gemma3's, with 262,144 tokens and 514,906 mer
 MAX_VALUES = 3 << 20  # gemma3's has 1.9 million
 MAX_TOKENS = 1 << 22
 
+_MAX_GROWTH = 64  # " " to "▁" is 3; more than a few such steps is no tokenizer
 _PIPELINE = ("normalizer", "pre_tokenizer", "decoder")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -102,6 +103,10 @@ class _Json:
         for pattern in self._find("Regex"):
             if isinstance(pattern, str) and _repeats_repetition(pattern):
                 raise Unsupported(f"{file}: the pattern {pattern[:80]!r} repeats repetitions; its time has no bound")
+        if (growth := self._growth()) > _MAX_GROWTH:
+            raise Unsupported(
+                f"{file}: its normalizers may make a text {growth:.0f} times longer; the limit is {_MAX_GROWTH}"
+            )
 
     def tokens(self) -> tuple[list[str], list[int]]:
         """Texts and kinds by id; ids that nobody has are unused and empty."""
@@ -158,6 +163,19 @@ class _Json:
         """Every value of the field `name` in a part of the pipeline."""
         parts = (part,) if part else _PIPELINE
         return [inner[name] for key in parts for inner in self._parts(self._description.get(key)) if name in inner]
+
+    def _growth(self) -> float:
+        """How many times longer the normalizers may make a text: replacements multiply, one after another."""
+        growth = 1.0
+        for step in self._parts(self._description.get("normalizer")):
+            content, pattern = step.get("content"), step.get("pattern")
+            if isinstance(content, str) and pattern is not None:
+                literal = pattern.get("String") if isinstance(pattern, dict) else None
+                shortest = len(literal.encode(errors="replace")) if isinstance(literal, str) else 0
+                # a regular expression may match nothing, between any two characters
+                grown = len(content.encode(errors="replace"))
+                growth *= max(1.0, grown / shortest if shortest else 1.0 + grown)
+        return growth
 
     def _parts(self, value: Any) -> Iterator[dict[str, Any]]:
         stack = [value]

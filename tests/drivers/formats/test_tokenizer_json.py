@@ -248,6 +248,17 @@ def test_patterns_without_a_bound_in_time_are_refused(pattern: str, small: Path)
         tokenizer_from_directory(small)
 
 
+@pytest.mark.parametrize("pattern", [{"String": "a"}, {"Regex": "x*"}])
+def test_normalizers_that_would_make_a_text_explode_are_refused(pattern: dict[str, str], small: Path) -> None:
+    double = {"type": "Replace", "pattern": pattern, "content": "aa"}
+    change(small, normalizer={"type": "Sequence", "normalizers": [double] * 28})
+    with pytest.raises(Unsupported, match="times longer; the limit is 64"):
+        tokenizer_from_directory(small)
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    change(small, normalizer={"type": "Sequence", "normalizers": [space]})
+    tokenizer_from_directory(small)
+
+
 SOUND: list[dict[str, Any]] = [
     {
         "added_tokens": [{"id": 3, "content": "<s>", "special": True} | FLAGS],
