@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-QUESTION ?= What is the capital of France?
+export QUESTION ?= What is the capital of France?
 
 .DEFAULT_GOAL := help
 .PHONY: help install dev run test lint types imports packaging check clean
@@ -26,7 +26,7 @@ install: $(VENV)/.installed ## create .venv and install llm-os into it
 dev: $(VENV)/.dev ## the same, with what development needs
 
 run: install ## pull a small model and answer QUESTION="..."
-	@$(BIN)/llm-os run smollm2:135m "$(QUESTION)" --temperature 0
+	@$(BIN)/llm-os run smollm2:135m "$$QUESTION" --temperature 0
 
 test: dev ## run the tests
 	@$(BIN)/python -m pytest

@@ -61,3 +61,11 @@ def parse_bytes(field: str, value: int | str) -> int:
     if not match or match[2].upper() not in _UNITS:
         raise ConfigError(f"{field} is {value!r}; write bytes or a size such as 512MiB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def show_bytes(size: int) -> str:
+    """As people read it: "656 MiB", "1.5 GiB", "0 B"."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.4g} {unit}"
+    return f"{size} B"

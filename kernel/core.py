@@ -312,22 +312,23 @@ class Core:
                     self.residency.evict(model)
                 else:
                     self._gone(model)
-        if not self.flights.running:
-            for model in self.scheduler.ranked(self.residency.models.values(), self.processes.values()):
-                if self._take_turn(model):
-                    return
+        while not self.flights.running and self._take_turn():
+            pass
 
-    def _take_turn(self, model: Model) -> bool:
-        """Plan and start the next batch of `model`; whether there was one. Where memory lacks, the next model tries."""
-        while True:
+    def _take_turn(self) -> bool:
+        """Start a batch of the first model that has one. True if a process was starved instead: its memory is free now,
+        and somebody else may have waited for just that."""
+        for model in self.scheduler.ranked(self.residency.models.values(), self.processes.values()):
             turn = self.scheduler.plan(model, list(self.processes.values()))
             for process, move in turn.copies:
                 self._copy(process, model, move)
             if turn.batch:
                 self._run(model, turn.batch)
-            if turn.starved is None or self.flights.hold_pages:
-                return bool(turn.batch)
-            self._starve(turn.starved)
+                return False
+            if turn.starved is not None and not self.flights.hold_pages:
+                self._starve(turn.starved)
+                return True
+        return False
 
     def _copy(self, process: Process, model: Model, move: Move) -> None:
         assert model.slab is not None

@@ -22,14 +22,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import anyio
-import anyio.to_thread
 from msgspec import structs
 
 from llm_os.kernel import events as ev
-from llm_os.kernel.config import Config
+from llm_os.kernel.config import Config, show_bytes
 from llm_os.kernel.core import Core
 from llm_os.kernel.driver import Driver
-from llm_os.kernel.errors import Closed, DriverError, RequestError
+from llm_os.kernel.errors import Closed, ConfigError, DriverError, RequestError
 from llm_os.kernel.image import Image
 from llm_os.kernel.memory import MemoryInfo
 from llm_os.kernel.plugins import Plugins
@@ -55,6 +54,7 @@ class _Loop:
         self.host = ThreadPoolExecutor(2, thread_name_prefix="llm-os-host")
         self.gate = threading.Lock()  # guards `closed` against the mailboxes and tickets that are about to be added
         self.closed: str | None = None  # what callers are told from now on
+        self.ended: Future[None] = Future()  # set when everything has been given back
 
     def run(self) -> None:
         events: list[ev.Event] = []
@@ -73,6 +73,7 @@ class _Loop:
                 self.host.shutdown()
             finally:
                 self.driver.close()
+                self.ended.set_result(None)
 
     def receive_all(self) -> list[ev.Event]:
         events = [self.inbox.get()]
@@ -134,6 +135,10 @@ class _Loop:
         except RuntimeError:  # Python is exiting, and executors take no more work
             image.close()
 
+    def halt(self) -> None:
+        self.shut("the kernel is closed")
+        self.inbox.put(ev.Halt())
+
     def shut(self, reason: str) -> None:
         """No call gets in from now on."""
         with self.gate:
@@ -160,7 +165,7 @@ class Kernel:
         plugins = Plugins(config)
         driver = plugins.open_driver()
         try:
-            core = Core(config, config.budget(driver.info().free_bytes))
+            core = Core(config, _budget(config, driver))
         except BaseException:
             driver.close()
             raise
@@ -248,12 +253,11 @@ class Kernel:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if kind is GeneratorExit:  # the loop has gone and took the coroutine with it: nothing can be awaited
-            self.close()
-            return
-        with anyio.CancelScope(shield=True):
-            # a limiter of its own: the shared one may be full of threads that wait for this kernel
-            await anyio.to_thread.run_sync(self.close, limiter=anyio.CapacityLimiter(1))
+        if kind is not GeneratorExit:  # else the loop has gone and took the coroutine with it: nothing can be awaited
+            self._loop.halt()
+            with anyio.CancelScope(shield=True):
+                await _wait(self._loop.ended)
+        self.close()
 
     def _spawn(self, submit: Callable[[int], ev.Event]) -> Stream:
         pid, mailbox = next(self._ids), Mailbox()
@@ -276,11 +280,19 @@ class Kernel:
         return future
 
 
+def _budget(config: Config, driver: Driver) -> int:
+    """Raises ConfigError where the device has not so much memory."""
+    info = driver.info()
+    budget = config.budget(info.free_bytes)
+    if budget > info.total_bytes:
+        raise ConfigError(f"memory is {config.memory}; {info.device} has {show_bytes(info.total_bytes)}")
+    return budget
+
+
 def _halt(loop: _Loop, thread: threading.Thread) -> None:
     """Runs once: by close(), at exit, or when a forgotten Kernel is collected, which may happen in any thread, even one
     that the kernel's thread is waiting for: only close() and the main thread may wait."""
-    loop.shut("the kernel is closed")
-    loop.inbox.put(ev.Halt())
+    loop.halt()
     if threading.current_thread() is threading.main_thread():
         thread.join()
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
+from llm_os.kernel.config import show_bytes
 from llm_os.kernel.driver import Extent
 from llm_os.kernel.errors import Refused
 
@@ -57,10 +58,11 @@ class Memory:
             start = self._state.find(bytes(count))
             if start < 0:
                 self._mark(taken, _FREE)
+                needed = show_bytes(sum(map(self.frames_for, sizes)) * self.frame_size)
+                free, total = (show_bytes(count * self.frame_size) for count in (self.free_frames, self.frames))
                 raise Refused(
-                    f"{owner} needs {sum(map(self.frames_for, sizes)) * self.frame_size} bytes of weights and "
-                    f"workspace, {self.free_frames * self.frame_size} of {self.frames * self.frame_size} are free; "
-                    "unload a model or raise memory"
+                    f"{owner} needs {needed} for weights and workspace; {free} of the budget of {total} "
+                    "are free; unload a model or raise memory"
                 )
             extent = Extent(start, count)
             self._mark([extent], _EXTENT)

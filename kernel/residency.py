@@ -12,6 +12,7 @@ from enum import StrEnum
 from msgspec import Struct
 
 from llm_os.kernel import events as ev
+from llm_os.kernel.config import show_bytes
 from llm_os.kernel.driver import Footprint, Placement
 from llm_os.kernel.errors import Refused, Unsupported
 from llm_os.kernel.flights import Flights
@@ -98,8 +99,9 @@ class Model:
         possible = (memory.frames - memory.extent_frames) * memory.frame_size
         if needed > possible:
             raise Refused(
-                f"{prompt_tokens} prompt tokens and {answer_tokens} more need {needed} bytes of KV; {possible} are "
-                "left beside the weights; lower max_tokens, shorten the prompt, or raise memory"
+                f"{prompt_tokens} prompt tokens and {answer_tokens} more need {show_bytes(needed)} of KV; "
+                f"{show_bytes(possible)} are left beside the weights; lower max_tokens, shorten the prompt, or "
+                "raise memory"
             )
 
     def info(self, memory: Memory) -> ModelInfo:

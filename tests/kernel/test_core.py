@@ -176,7 +176,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_bytes(machine: Any) -> No
     m.submit(1, model="sim:big?layers=100")
     m.submit(2)
     m.settle()
-    assert m.end(1) == "Refused" and "bytes" in m.error(1) and "are free" in m.error(1)
+    assert m.end(1) == "Refused" and "needs 100" in m.error(1) and "are free" in m.error(1)
     assert m.end(2) == "length"
 
 
@@ -215,6 +215,19 @@ def test_an_open_ended_answer_ends_with_length_when_memory_is_full(machine: Any)
     m.settle()
     assert m.end(1) == "length" and 50 < len(m.tokens(1)) < 200
     assert m.core.residency.memory_info().kv == 0
+
+
+def test_memory_that_a_starved_process_frees_goes_to_who_waits_for_it(machine: Any) -> None:
+    models = [f"sim:{name}?layer_bytes=65536" for name in "ab"]
+    m = machine(
+        memory=14 * 65536, page_tokens=1, batch_tokens=2
+    )  # five frames for each model, four for KV once both are loaded
+    m.submit(1, "p" * 20, models[0], sampling={"max_tokens": 2})
+    m.until(ev.Run)
+    m.submit(2, "p", models[1], sampling={"max_tokens": 1})
+    m.settle()
+    assert m.end(1) == "Refused" and "memory is full" in m.error(1)
+    assert m.tokens(2) == m.expected(2)
 
 
 def test_a_full_queue_refuses_at_once(machine: Any) -> None:

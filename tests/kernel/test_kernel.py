@@ -326,6 +326,18 @@ def test_unknown_drivers_and_plugins_are_named() -> None:
         llm_os.Kernel(llm_os.Config(driver="sim", plugins=("nonsense",)))
 
 
+def test_a_budget_beyond_the_device_is_refused() -> None:
+    with pytest.raises(llm_os.ConfigError, match="memory is 2GiB; simulated has 1 GiB"):
+        llm_os.Kernel(llm_os.Config(driver="sim", memory="2GiB"))
+
+
+async def test_leaving_async_with_leaves_no_thread_at_all(anyio_backend: str) -> None:
+    before = set(threading.enumerate())
+    async with llm_os.Kernel(CONFIG) as kernel:
+        await kernel.generate(ask())
+    assert set(threading.enumerate()) == before
+
+
 def test_the_one_liner_answers_and_cleans_up() -> None:
     text = llm_os.generate("sim:a", "Hi", config=CONFIG, max_tokens=12, temperature=0)
     assert len(text) == 12

@@ -60,7 +60,7 @@ def test_pages_are_counted_exactly_through_growth_forks_copies_and_ends(data: st
 
 def test_weights_that_do_not_fit_claim_nothing_and_say_what_is_missing() -> None:
     memory = Memory(4 * FRAME, FRAME)
-    with pytest.raises(Refused, match=f"needs {5 * FRAME} bytes .* {4 * FRAME} of {4 * FRAME} are free"):
+    with pytest.raises(Refused, match=r"m needs 20 KiB .* 16 KiB of the budget of 16 KiB are free"):
         memory.claim_extents("m", (3 * FRAME, 2 * FRAME))
     memory.check({})
     assert memory.free_frames == 4
