@@ -90,7 +90,9 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
     shell
         The shell that reads the script.
     """
-    print(app.generate_completion(shell=shell))
+    script = app.generate_completion(shell=shell)
+    # where cyclopts has nothing to offer, bash completes file names: MODEL may be one
+    print(script.replace("complete -F", "complete -o default -F") if shell == "bash" else script)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -98,6 +98,7 @@ def test_doctor_names_what_is_wrong_and_the_way_out(run, environment, tmp_path):
     home = tmp_path / "a-file"
     home.touch()
     done = run("doctor", PYTHONPATH=str(tmp_path / "extra"), LLM_OS_HOME=str(home))
+    assert done.returncode == 1
     problems = [line for line in done.stdout.splitlines() if line.startswith("problem: ")]
     for text in ("pip uninstall torchvision", "pip uninstall triton", "LLM_OS_HOME"):
         assert any(text in line for line in problems), problems
