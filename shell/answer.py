@@ -23,16 +23,16 @@ class Answer:
 
     def write(self, text: str) -> None:
         if text:
+            self._open_line = not text.endswith("\n")  # first: an interrupt may come before the text is flushed
             sys.stdout.write(printable(text) if self._terminal else text)
             sys.stdout.flush()
-            self._open_line = not text.endswith("\n")
 
     def end(self) -> None:
         """The next thing begins on a line of its own."""
         if self._open_line:
             self._open_line = False
             sys.stdout.write("\n")
-            sys.stdout.flush()
+        sys.stdout.flush()
 
 
 def boot(config: llm_os.Config) -> llm_os.Kernel:

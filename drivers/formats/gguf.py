@@ -264,7 +264,10 @@ class _Header:
         if count > limit:
             self._fail(f"{what} is {count}; the limit is {limit}")
         if count * least_bytes > self._end - self._at:
-            self._fail(f"{what} is {count}, which needs {count * least_bytes} bytes; {self._end - self._at} are left")
+            left = self._end - self._at
+            self._fail(
+                f"{what} is {count}, which needs {count * least_bytes} bytes; {left} are left: truncated or damaged"
+            )
         return count
 
     def _u32(self, what: str) -> int:
