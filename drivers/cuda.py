@@ -1,4 +1,8 @@
-"""The `cuda` driver in its simplest form: the tensor code of the cpu driver on the first NVIDIA GPU."""
+"""The `cuda` driver in its simplest form: the tensor code of the cpu driver on the first NVIDIA GPU.
+
+It reserves KV for all page numbers of the budget with each model, where a CPU only reserves addresses: give it a
+`memory` that leaves room beside the weights. One arena for all models of a device replaces this.
+"""
 
 from __future__ import annotations
 
