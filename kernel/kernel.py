@@ -69,10 +69,10 @@ class _Loop:
             raise
         finally:
             self.abandon()
+            self.host.shutdown()
             try:
-                self.host.shutdown()
-            finally:
                 self.driver.close()
+            finally:
                 self.ended.set_result(None)
 
     def receive_all(self) -> list[ev.Event]:

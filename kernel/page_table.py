@@ -36,10 +36,11 @@ class PageTable:
             self.pages.append(self._allocate())
         return move
 
-    def fork(self) -> PageTable:
-        """A second table over the same pages."""
-        self.slab.retain(self.pages)
-        return PageTable(self.slab, list(self.pages))
+    def fork(self, computed: int) -> PageTable:
+        """A second table over the pages of the first `computed` tokens. Pages that were added ahead stay this one's."""
+        pages = self.pages[: -(-computed // self.slab.page_tokens)]
+        self.slab.retain(pages)
+        return PageTable(self.slab, pages)
 
     def release(self) -> None:
         self.slab.release(self.pages)
@@ -47,7 +48,7 @@ class PageTable:
 
     def _shared(self, position: int) -> int | None:
         """The page that holds `position`, if another process maps it too. Later pages are never shared: a fork
-        happens at the end of what is computed."""
+        takes only what is computed."""
         index = position // self.slab.page_tokens
         if index < len(self.pages) and self.slab.references[self.pages[index]] > 1:
             return index

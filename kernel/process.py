@@ -180,7 +180,7 @@ class Process:
             child.append(Sampled(token, *((logprob.logprob, logprob.top) if logprob else ())), now)
         child.inherited = len(self.output)
         child.state, child.admitted, child.first_token = State.READY, now, None
-        child.computed, child.table = self.computed, self.table.fork()
+        child.computed, child.table = self.computed, self.table.fork(self.computed)
 
     def completion(self, reason: FinishReason, now: float) -> Completion:
         admitted = now if self.admitted is None else self.admitted

@@ -108,11 +108,10 @@ class Chunk(Struct, frozen=True, kw_only=True):
 
 
 class Usage(Struct, frozen=True, kw_only=True):
-    """Token counts. `cached_tokens` of the prompt were not computed again."""
+    """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = 0
 
 
 class Timings(Struct, frozen=True, kw_only=True):

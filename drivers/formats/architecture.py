@@ -45,7 +45,3 @@ class Architecture(Struct, frozen=True, kw_only=True):
     embedding_scale: float = 1.0
     attention_scale: float  # multiplies the scores; usually head_dim ** -0.5
     tied_embeddings: bool = False  # the output head is the embedding
-
-    @property
-    def queries_per_kv_head(self) -> int:
-        return self.heads // self.kv_heads

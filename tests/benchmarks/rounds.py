@@ -11,7 +11,7 @@ import asyncio
 import gc
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from pathlib import Path
 
@@ -67,11 +67,11 @@ def in_worker_thread(work: Callable[[], object]) -> None:
     thread.join()
 
 
-def in_running_loop(work: partial[object]) -> None:
+def in_running_loop(work: Coroutine[object, object, None]) -> None:
     """As in a notebook: the loop runs already, and each cell is a task of it."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    asyncio.run_coroutine_threadsafe(work.func(*work.args), loop).result()  # type: ignore[arg-type]
+    asyncio.run_coroutine_threadsafe(work, loop).result()
     loop.call_soon_threadsafe(loop.stop)
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     count = int(sys.argv[2]) if len(sys.argv) > 2 else 50
     for fresh in (False, True):
         in_worker_thread(partial(anyio.run, measure, "worker thread", model, count, fresh))
-        in_running_loop(partial(measure, "running loop", model, count, fresh))
+        in_running_loop(measure("running loop", model, count, fresh))
         anyio.run(measure, "trio", model, count, fresh, backend="trio")
 
 

@@ -102,6 +102,20 @@ def test_a_fork_shares_pages_until_it_writes(machine: Any) -> None:
     assert recomputed == 20 - shared, "the child feeds only its own new tokens"
 
 
+def test_a_fork_does_not_share_pages_that_were_added_ahead(machine: Any) -> None:
+    m = machine(page_tokens=2, batch_tokens=3)
+    m.submit(1, "abcdefghij", sampling={"max_tokens": 12})
+    m.until(ev.Run)
+    m.fork(2, 1)
+    m.complete()  # in the middle of the prompt, and of a page: the next chunk copies it, and adds pages after it
+    assert isinstance(m.pending[0], ev.Copy)
+    m.fork(3, 1)
+    m.fork(4, 2)
+    m.settle()
+    for pid in (1, 2, 3, 4):
+        assert m.end(pid) == "length" and m.tokens(pid) == m.expected(pid)
+
+
 @pytest.mark.parametrize("killed", [1, 2])
 def test_a_kill_reaches_a_fork_that_waits_for_its_parents_batch(machine: Any, killed: int) -> None:
     m = machine()

@@ -319,6 +319,22 @@ def test_a_bug_in_the_core_closes_the_kernel_and_leaves_nobody_waiting(monkeypat
     assert len(seen) == 1
 
 
+async def test_a_driver_that_fails_to_close_keeps_nobody_waiting(
+    anyio_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(args.exc_value))
+
+    def close(self: SimDriver) -> None:
+        raise OSError("stuck")
+
+    monkeypatch.setattr(SimDriver, "close", close)
+    with anyio.fail_after(30):
+        async with llm_os.Kernel(CONFIG) as kernel:
+            await kernel.generate(ask())
+    assert [str(error) for error in seen] == ["stuck"]
+
+
 def test_unknown_drivers_and_plugins_are_named() -> None:
     with pytest.raises(llm_os.ConfigError, match="driver is 'gpu'; registered are: auto, cpu, cuda, sim"):
         llm_os.Kernel(llm_os.Config(driver="gpu"))

@@ -43,7 +43,7 @@ def test_pages_are_counted_exactly_through_growth_forks_copies_and_ends(data: st
                     touched = table.pages[length // slab.page_tokens :]
                     assert all(slab.references[page] == 1 for page in touched), "a shared page would be written"
             case "fork":
-                tables.append((table.fork(), length))
+                tables.append((table.fork(length), length))
             case "end":
                 table.release()
                 tables[index] = (table, 0)
