@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -24,7 +25,6 @@ from llm_os.kernel.errors import Closed, DriverError, ModelNotFound, Unsupported
 from llm_os.kernel.image import Image
 from llm_os.kernel.request import SamplingDefaults
 
-T = TypeVar("T")
 _M64 = (1 << 64) - 1
 _END = 256
 _LETTERS = b"etaoinshrdlcumwfgypbvkjxqz,.  \n"
@@ -69,6 +69,9 @@ class SimImage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
 
+    def fresh(self) -> bool:
+        return True
+
     def close(self) -> None:
         return
 
@@ -98,11 +101,33 @@ def chain(cell: int, token: int, position: int) -> int:
     return x ^ x >> 32
 
 
-def choose(cells: Iterable[int], sample: Sample, end_after: int) -> int:
+class Lone:
+    """What a process answers that has the machine to itself: sequential, no pages, no batches. Feed it, then ask."""
+
+    def __init__(self, image: SimImage, salt: int, tokens: Iterable[int] = ()) -> None:
+        self._end_after = image.end_after
+        self._cell = seed_of(image.name, salt)
+        self._digest = 0
+        self.fed = 0
+        for token in tokens:
+            self.feed(token)
+
+    def feed(self, token: int) -> None:
+        self._cell = chain(self._cell, token, self.fed)
+        self._digest = fold(self._digest, self._cell)
+        self.fed += 1
+
+    def next(self, sample: Sample) -> int:
+        return choose(self._digest, sample, self._end_after)
+
+
+def fold(digest: int, cell: int) -> int:
+    """What has been read so far, with one more cell."""
+    return (digest * 0x100000001B3 ^ cell) & _M64
+
+
+def choose(digest: int, sample: Sample, end_after: int) -> int:
     """The next token, a function of every cell read and of the randomness."""
-    digest = 0
-    for cell in cells:
-        digest = (digest * 0x100000001B3 ^ cell) & _M64
     if sample.temperature > 0:
         digest ^= int(sample.uniform * 2**53)
     digest = chain(digest, 0, 0)
@@ -112,24 +137,29 @@ def choose(cells: Iterable[int], sample: Sample, end_after: int) -> int:
 
 
 def reference(image: SimImage, salt: int, prompt: Sequence[int], samples: Iterable[Sample]) -> Iterator[int]:
-    """What a lone process answers: sequential, no pages, no batches."""
-    cells, tokens = [seed_of(image.name, salt)], list(prompt)
+    """The answer of a lone process."""
+    lone = Lone(image, salt, prompt)
     for sample in samples:
-        for position in range(len(cells) - 1, len(tokens)):
-            cells.append(chain(cells[-1], tokens[position], position))
-        tokens.append(choose(cells[1:], sample, image.end_after))
-        yield tokens[-1]
-        if tokens[-1] == _END:
+        token = lone.next(sample)
+        yield token
+        if token == _END:
             return
+        lone.feed(token)
 
 
 class SimDriver:
-    """Computes at once, in the caller's thread. Cells of frames that were given back are junk (as in xv6)."""
+    """Computes at once, in the caller's thread. Frames are one arena: what is written into a frame, weights or another
+    model's pages, turns what lay there into junk (as in xv6)."""
 
     def __init__(self, config: Config, total_bytes: int = 1 << 30) -> None:
         self._total = total_bytes
-        self._loaded: dict[str, tuple[SimImage, Placement]] = {}
-        self._cells: dict[tuple[str, int, int], int] = {}  # (model, page, slot)
+        self._frame_bytes = config.frame_bytes
+        self._loaded: dict[str, SimImage] = {}
+        self._known: dict[str, tuple[Placement, int]] = {}  # and pages per frame; until the release
+        self._pages: dict[tuple[str, int], list[int]] = {}  # cells by (model, page); 0 is junk
+        self._owners: dict[int, str] = {}  # whose KV was last written into a frame
+        self._weights: dict[int, str] = {}  # whose weights lie in a frame
+        self._spoiled: set[str] = set()  # models without all their weights: what they answer is junk
         self._closed = False
 
     def info(self) -> DeviceInfo:
@@ -137,7 +167,7 @@ class SimDriver:
 
     def footprint(self, image: Image, batch_tokens: int) -> Footprint:
         if not isinstance(image, SimImage):
-            raise Unsupported(f"{image.name} has weights; the sim driver runs only sim: models")
+            raise Unsupported(f"{getattr(image, 'name', image)!r} has weights; the sim driver runs only sim: models")
         return Footprint(
             extents=(image.layer_bytes,) * image.layers,
             kv_bytes_per_token=image.kv_bytes_per_token,
@@ -146,70 +176,146 @@ class SimDriver:
         )
 
     def load(self, model: str, image: Image, placement: Placement) -> Future[None]:
-        def load() -> None:
-            assert isinstance(image, SimImage)
-            if model in self._loaded:
-                raise DriverError(f"{model} is loaded already")
-            self._loaded[model] = (image, placement)
-
-        return self._now(load)
+        return self._now(lambda: self._load(model, image, placement))
 
     def unload(self, model: str) -> Future[None]:
         def unload() -> None:
             self._image(model)
             del self._loaded[model]
-            self._cells = {key: cell for key, cell in self._cells.items() if key[0] != model}
+            self._spoiled.discard(model)
+            self._weights = {frame: owner for frame, owner in self._weights.items() if owner != model}
 
         return self._now(unload)
 
+    def release(self, model: str) -> Future[None]:
+        def release() -> None:
+            if model in self._loaded:
+                raise DriverError(f"{model} is loaded; unload it before its KV is released")
+            self._placement(model)
+            del self._known[model]
+            for frame in [frame for frame, owner in self._owners.items() if owner == model]:
+                del self._owners[frame]
+            for key in [key for key in self._pages if key[0] == model]:
+                del self._pages[key]
+
+        return self._now(release)
+
+    def prefetch(self, model: str, image: Image) -> Future[None]:
+        return self._now(lambda: None)
+
     def run(self, batch: Batch) -> Future[tuple[Row, ...]]:
-        return self._now(lambda: tuple(self._row(batch.model, sequence) for sequence in batch.sequences))
+        def run() -> tuple[Row, ...]:
+            image = self._image(batch.model)
+            size = self._placement(batch.model)[0].page_tokens
+            return tuple(self._row(batch.model, image, size, rows) for rows in batch.sequences)
+
+        return self._now(run)
 
     def copy(self, model: str, moves: tuple[Move, ...]) -> Future[None]:
         def copy() -> None:
-            _, placement = self._image(model)
             for move in moves:
-                for slot in range(placement.page_tokens):
-                    cell = self._cells.get((model, move.source, slot), 0)
-                    self._cells[model, move.target, slot] = cell
+                self._write(model, move.target)[:] = self._read(model, move.source)
 
         return self._now(copy)
 
+    def swap_out(self, model: str, pages: tuple[int, ...]) -> Future[tuple[bytes, ...]]:
+        """Eight bytes for each token, whatever `kv_bytes_per_token` says: the cells."""
+        return self._now(lambda: tuple(array("Q", self._read(model, page)).tobytes() for page in pages))
+
+    def swap_in(self, model: str, pages: tuple[int, ...], contents: tuple[bytes, ...]) -> Future[None]:
+        def swap_in() -> None:
+            for page, content in zip(pages, contents, strict=True):
+                cells = array("Q", content)
+                if len(cells) != self._placement(model)[0].page_tokens:
+                    raise DriverError(f"{len(content)} bytes are no page of {model}")
+                self._write(model, page)[:] = cells
+
+        return self._now(swap_in)
+
     def memory(self) -> DeviceMemory:
-        weights = sum(image.layers * image.layer_bytes for image, _ in list(self._loaded.values()))
+        weights = sum(image.layers * image.layer_bytes for image in list(self._loaded.values()))
         return DeviceMemory(weights=weights, kv=0)
 
     def close(self) -> None:
         self._closed = True
-        self._loaded.clear()
-        self._cells.clear()
+        for table in (self._loaded, self._known, self._pages, self._owners, self._weights, self._spoiled):
+            table.clear()
 
-    def _row(self, model: str, rows: Rows) -> Row:
-        image, placement = self._image(model)
+    def _load(self, model: str, image: Image, placement: Placement) -> None:
+        assert isinstance(image, SimImage)
+        if model in self._loaded:
+            raise DriverError(f"{model} is loaded already")
+        slots = max(1, self._frame_bytes // (placement.page_tokens * image.kv_bytes_per_token))
+        kept = self._known.setdefault(model, (placement, slots))[0]
+        if (kept.page_tokens, kept.pages) != (placement.page_tokens, placement.pages):
+            raise DriverError(f"{model} kept KV in pages of {kept.page_tokens} tokens; release it before they change")
+        for extent in placement.extents:
+            for frame in range(extent.frame, extent.frame + extent.frames):
+                self._take(frame)
+                self._weights[frame] = model
+        self._loaded[model] = image
 
-        def key(position: int) -> tuple[str, int, int]:
-            index, slot = divmod(position, placement.page_tokens)
-            page = rows.pages[index]
-            if not 0 <= page < placement.pages:
-                raise DriverError(f"page {page} of {model} is outside 0..{placement.pages - 1}")
-            return model, page, slot
-
-        cell = self._cells.get(key(rows.position - 1), 0) if rows.position else seed_of(image.name, rows.salt)
-        for position, token in enumerate(rows.tokens, rows.position):
-            cell = self._cells[key(position)] = chain(cell, token, position)
+    def _row(self, model: str, image: SimImage, size: int, rows: Rows) -> Row:
+        """Feed one row. Cells beyond `position` are written before they are read."""
+        start, end = rows.position, rows.position + len(rows.tokens)
+        pages = [self._read(model, page) for page in rows.pages[: -(-start // size)]]
+        cell = pages[-1][(start - 1) % size] if start else seed_of(image.name, rows.salt)
+        for position, token in enumerate(rows.tokens, start):
+            index, slot = divmod(position, size)
+            if slot == 0 or position == start:
+                pages[index:] = [self._write(model, rows.pages[index])]
+            cell = pages[index][slot] = chain(cell, token, position)
         if rows.sample is None:
             return None
-        end = rows.position + len(rows.tokens)
-        token = choose((self._cells.get(key(p), 0) for p in range(end)), rows.sample, image.end_after)
+        digest, left = int(model in self._spoiled), end
+        for cells in pages:
+            for cell in cells[:left]:
+                digest = (digest * 0x100000001B3 ^ cell) & _M64  # fold, without the call
+            left -= size
+        token = choose(digest, rows.sample, image.end_after)
         logprobs = rows.sample.logprobs
         return Sampled(token) if logprobs is None else Sampled(token, 0.0, ((token, 0.0),)[:logprobs])
 
-    def _image(self, model: str) -> tuple[SimImage, Placement]:
+    def _read(self, model: str, page: int) -> list[int]:
+        """The cells of a page, not to be changed."""
+        cells = self._pages.get((model, page))
+        return [0] * self._check(model, page)[0].page_tokens if cells is None else cells
+
+    def _write(self, model: str, page: int) -> list[int]:
+        """The cells of a page, to be changed: its frame is this model's from now on."""
+        placement, slots = self._check(model, page)
+        frame = page // slots
+        if self._owners.get(frame) != model:
+            self._take(frame)
+            self._owners[frame] = model
+        return self._pages.setdefault((model, page), [0] * placement.page_tokens)
+
+    def _take(self, frame: int) -> None:
+        """Whatever lies in a frame is junk from now on."""
+        if owner := self._owners.pop(frame, None):
+            slots = self._known[owner][1]
+            for page in range(frame * slots, (frame + 1) * slots):
+                self._pages.pop((owner, page), None)
+        if owner := self._weights.pop(frame, None):
+            self._spoiled.add(owner)
+
+    def _check(self, model: str, page: int) -> tuple[Placement, int]:
+        known = self._placement(model)
+        if not 0 <= page < known[0].pages:
+            raise DriverError(f"page {page} of {model} is outside 0..{known[0].pages - 1}")
+        return known
+
+    def _placement(self, model: str) -> tuple[Placement, int]:
+        if model not in self._known:
+            raise DriverError(f"{model} has no KV here: it was not loaded since its last release")
+        return self._known[model]
+
+    def _image(self, model: str) -> SimImage:
         if model not in self._loaded:
             raise DriverError(f"{model} is not loaded")
         return self._loaded[model]
 
-    def _now(self, work: Any) -> Future[Any]:
+    def _now(self, work: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
         try:
             if self._closed:

@@ -80,7 +80,7 @@ class Core:
         seed = event.seed if request.sampling.seed is None else request.sampling.seed
         process = self.processes[event.pid] = Process(event.pid, request, seed, self._now, nice=request.nice)
         model = self.residency.open(request.model)
-        if model.image is not None and not model.leaving:
+        if model.where not in (Where.OPENING, Where.EVICTING) and not model.unload_tickets:
             self._encode(process, model)
 
     def _fork(self, event: ev.Fork) -> None:
@@ -134,7 +134,7 @@ class Core:
 
     def _unload_model(self, event: ev.UnloadModel) -> None:
         model = self.residency.models.get(event.model)
-        if model is None:
+        if model is None or (model.where is Where.ON_DISK and not model.used):
             missing = ModelNotFound(f"{event.model} is not loaded; models() lists what is")
             self.flights.emit(ev.Reply(event.ticket, missing))
         elif live := len(self._processes_of(model)):
@@ -270,7 +270,13 @@ class Core:
             self._end(process, chunk.finish_reason, chunk)
 
     def _gone(self, model: Model, error: BaseException | None = None) -> None:
-        self.residency.forget(model, None if error is None else as_error(error, DriverError))
+        """The model is off the device, or the device failed at it."""
+        if error is not None:
+            self.residency.forget(model, as_error(error, DriverError))
+        elif self.halting:
+            self.residency.forget(model)
+        else:
+            self.residency.rest(model)
         if self.halting:
             for ticket in model.load_tickets:
                 self.flights.emit(ev.Reply(ticket, Closed("the kernel was closed")))

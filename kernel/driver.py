@@ -136,6 +136,9 @@ class DeviceMemory(Struct, frozen=True, kw_only=True):
 class Driver(Protocol):
     """One device. Made by the factory that a plugin registered; used by one kernel.
 
+    Frames are one memory: what is written into a frame, weights or another model's pages, ends what lay there before.
+    The kernel has released it by then, so a device without a real arena gives it back at that moment at the latest.
+
     Operations come from the kernel's thread; `info`, `footprint` and `memory` may come from any thread at any time.
     """
 
@@ -148,11 +151,22 @@ class Driver(Protocol):
         ...
 
     def load(self, model: str, image: Image, placement: Placement) -> Future[None]:
-        """Bring the weights to the device. `model` names them from now on."""
+        """Bring the weights to the device. `model` names them from now on.
+
+        KV that the model kept through an `unload` is still there: `page_tokens` and `pages` are as they were.
+        """
         ...
 
     def unload(self, model: str) -> Future[None]:
-        """Give back weights, KV and workspace of the model."""
+        """Give back weights and workspace. KV pages stay, to be copied or swapped, until `release`."""
+        ...
+
+    def release(self, model: str) -> Future[None]:
+        """Give back the KV memory of a model that is not loaded. No page of it is needed any more."""
+        ...
+
+    def prefetch(self, model: str, image: Image) -> Future[None]:
+        """Bring the weights near, into host memory, so that `load` will be quicker. Takes no device memory."""
         ...
 
     def run(self, batch: Batch) -> Future[tuple[Row, ...]]:
@@ -161,6 +175,18 @@ class Driver(Protocol):
 
     def copy(self, model: str, moves: tuple[Move, ...]) -> Future[None]:
         """Copy pages, as if all at once: no target is a source of the same call."""
+        ...
+
+    def swap_out(self, model: str, pages: tuple[int, ...]) -> Future[tuple[bytes, ...]]:
+        """The contents of whole pages, page_tokens * kv_bytes_per_token bytes each, laid out as the driver likes.
+
+        The model need not be loaded; its KV must be there.
+        """
+        ...
+
+    def swap_in(self, model: str, pages: tuple[int, ...], contents: tuple[bytes, ...]) -> Future[None]:
+        """Write what `swap_out` returned into pages, maybe others than it came from. The model need not be loaded, but
+        must have been since its last `release`."""
         ...
 
     def memory(self) -> DeviceMemory: ...

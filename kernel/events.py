@@ -1,24 +1,28 @@
 """What the core is told (events) and what it asks for (actions). Plain data: a trace of both can be replayed.
 
-host calls ──> Submit Fork Kill Renice LoadModel UnloadModel Halt ─┐
-operations ──> Completed ─────────────────────────────────────────┤
-                                                                   v
-                                                     core.step(now, events)
-                                                                   │
-host  <── Deliver Reply Close ──────────────────────────────────────┤
-files <── Open Encode   (operations of the host: image files)      │
-device <─ Load Unload Run Copy   (operations of the driver) ───────┘
+host calls ──> Submit Fork Restore Forget Kill Renice Block Unblock LoadModel UnloadModel Pin Halt ─┐
+operations ──> Completed ──────────────────────────────────────────────────────────────────────────┤
+                                                                                                    v
+                                                                                      core.step(now, events)
+                                                                                                    │
+host  <── Deliver Reply Close ──────────────────────────────────────────────────────────────────────┤
+files <── Open Encode Journal    (operations of the host) ──────────────────────────────────────────┤
+swap  <── SwapOut SwapIn Demote Discard    (between device, host memory and disk) ──────────┤
+device <─ Load Unload Release Prefetch Run Copy    (operations of the driver) ──────────────────────┘
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
 from llm_os.kernel.driver import Batch, Footprint, Move, Placement
 from llm_os.kernel.image import Image
+from llm_os.kernel.journal import Record, Session
 from llm_os.kernel.request import Chunk, Completion, Request
+
+Tier = Literal["host", "disk"]
 
 # -- events ----------------------------------------------------------------------------------------------------------
 
@@ -32,11 +36,28 @@ class Submit(Struct, frozen=True):
 
 
 class Fork(Struct, frozen=True):
-    """A new process that continues another one from here, sharing its pages, with a seed of its own."""
+    """A new process that continues another one, sharing its pages, with a seed of its own.
+
+    From where the parent is now, or from the end of its prompt: another sample of the same answer.
+    """
 
     pid: int
     parent: int
     seed: int
+    from_prompt: bool = False
+
+
+class Restore(Struct, frozen=True):
+    """A process of an earlier life, as the journal has it. It goes on where it was."""
+
+    pid: int
+    session: Session
+
+
+class Forget(Struct, frozen=True):
+    """The reader has the whole answer: the journal need not keep the session."""
+
+    pid: int
 
 
 class Kill(Struct, frozen=True):
@@ -55,11 +76,37 @@ class Renice(Struct, frozen=True):
     nice: int
 
 
+class Block(Struct, frozen=True):
+    """Stop a process before its next token until Unblock: it waits for a tool. Answered by Reply(ticket) once it has
+    stopped. `expected_s` is how long that will take, if known: it decides whether its KV stays, swaps or goes."""
+
+    ticket: int
+    pid: int
+    expected_s: float | None = None
+
+
+class Unblock(Struct, frozen=True):
+    """Go on, with what the tool said as further tokens of the context. Answered by Reply(ticket)."""
+
+    ticket: int
+    pid: int
+    tokens: tuple[int, ...] = ()
+
+
 class LoadModel(Struct, frozen=True):
-    """Bring a model to the device now. Answered by Reply(ticket)."""
+    """Bring a model to the device now, or only near it. Answered by Reply(ticket)."""
 
     ticket: int
     model: str
+    prefetch: bool = False
+
+
+class Pin(Struct, frozen=True):
+    """Keep a model on the device once it is there, or let it go again. Answered by Reply(ticket)."""
+
+    ticket: int
+    model: str
+    pinned: bool
 
 
 class UnloadModel(Struct, frozen=True):
@@ -88,16 +135,32 @@ class Completed(Struct, frozen=True):
     error: BaseException | None = None
 
 
-Event = Submit | Fork | Kill | Renice | LoadModel | UnloadModel | Halt | Completed
+Event = (
+    Submit
+    | Fork
+    | Restore
+    | Forget
+    | Kill
+    | Renice
+    | Block
+    | Unblock
+    | LoadModel
+    | UnloadModel
+    | Pin
+    | Halt
+    | Completed
+)
 
 # -- actions ---------------------------------------------------------------------------------------------------------
 
 
 class Open(Struct, frozen=True):
-    """Open the image of a model by name."""
+    """Open the image of a model by name; with `image`, look whether that one is still what the name stands for, and
+    answer it again if so."""
 
     id: int
     model: str
+    image: Image | None = None
 
 
 class Encode(Struct, frozen=True):
@@ -116,8 +179,23 @@ class Load(Struct, frozen=True):
 
 
 class Unload(Struct, frozen=True):
+    """Weights and workspace go; KV stays."""
+
     id: int
     model: str
+
+
+class Release(Struct, frozen=True):
+    """The KV of a model that is not loaded goes too."""
+
+    id: int
+    model: str
+
+
+class Prefetch(Struct, frozen=True):
+    id: int
+    model: str
+    image: Image
 
 
 class Run(Struct, frozen=True):
@@ -129,6 +207,50 @@ class Copy(Struct, frozen=True):
     id: int
     model: str
     moves: tuple[Move, ...]
+
+
+class SwapOut(Struct, frozen=True):
+    """Store the contents of `pages` under `slots`, names that are never used twice. All of them, or an error."""
+
+    id: int
+    model: str
+    pages: tuple[int, ...]
+    slots: tuple[int, ...]
+    tier: Tier
+
+
+class SwapIn(Struct, frozen=True):
+    """Bring the contents of `slots` into `pages`. The slots stay until they are discarded.
+
+    The result is a tuple of bools: False for a slot whose contents are lost or not what was stored; nothing is written
+    to its page.
+    """
+
+    id: int
+    model: str
+    slots: tuple[int, ...]
+    pages: tuple[int, ...]
+
+
+class Demote(Struct, frozen=True):
+    """Move slots from host memory to disk. All of them, or an error and they stay where they are."""
+
+    id: int
+    model: str
+    slots: tuple[int, ...]
+
+
+class Discard(Struct, frozen=True):
+    """Forget slots that nothing refers to. Has no completion."""
+
+    slots: tuple[int, ...]
+
+
+class Journal(Struct, frozen=True):
+    """Make records durable, in order, after all records before them. What depends on them is delivered after this."""
+
+    id: int
+    records: tuple[Record, ...]
 
 
 class Deliver(Struct, frozen=True):
@@ -153,5 +275,5 @@ class Close(Struct, frozen=True):
     image: Image
 
 
-Operation = Open | Encode | Load | Unload | Run | Copy
-Action = Operation | Deliver | Reply | Close
+Operation = Open | Encode | Load | Unload | Release | Prefetch | Run | Copy | SwapOut | SwapIn | Demote | Journal
+Action = Operation | Discard | Deliver | Reply | Close

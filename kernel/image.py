@@ -81,6 +81,10 @@ class Image(Protocol):
         """
         ...
 
+    def fresh(self) -> bool:
+        """Whether the files behind it are still those that it was opened from. Reads no contents."""
+        ...
+
     def close(self) -> None:
         """Releases mappings and handles. Idempotent. Calls after it raise Closed."""
         ...

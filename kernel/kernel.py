@@ -93,6 +93,8 @@ class _Loop:
                     _settle(self.tickets.pop(ticket), error)
                 case ev.Close(image):
                     self.release(image)
+                case ev.Discard():
+                    raise NotImplementedError  # slice by slice: nothing swaps yet
                 case _:
                     self.operate(action)
 
@@ -100,8 +102,8 @@ class _Loop:
         future: Future[Any]
         try:
             match operation:
-                case ev.Open(_, model):
-                    future = self.host.submit(self.open, model)
+                case ev.Open(_, model, image):
+                    future = self.host.submit(self.open, model, image)
                 case ev.Encode():
                     future = self.host.submit(encode, operation)
                 case ev.Load(_, model, image, placement):
@@ -121,12 +123,13 @@ class _Loop:
         error = DriverError("the operation was cancelled") if future.cancelled() else future.exception()
         self.inbox.put(ev.Completed(operation, None if error else future.result(), error))
 
-    def open(self, model: str) -> ev.Opened:
-        image = self.plugins.open_image(model)
+    def open(self, model: str, last: Image | None) -> ev.Opened:
+        image = last if last is not None and last.fresh() else self.plugins.open_image(model)
         try:
             return ev.Opened(image, self.driver.footprint(image, self.core.config.batch_tokens))
         except BaseException:
-            image.close()
+            if image is not last:
+                image.close()
             raise
 
     def release(self, image: Image) -> None:

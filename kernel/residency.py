@@ -19,9 +19,11 @@ from llm_os.kernel.flights import Flights
 from llm_os.kernel.image import Image
 from llm_os.kernel.memory import Memory, MemoryInfo, Slab, fit_page_tokens
 
+MAX_RESTING = 4  # images kept open after their model has left the device: some 10 MB each, of a large vocabulary more
+
 
 class Where(StrEnum):
-    """OPENING -> ON_DISK -> LOADING -> ON_DEVICE -> EVICTING, and then the model is gone from the table."""
+    """OPENING -> ON_DISK -> LOADING -> ON_DEVICE -> EVICTING -> ON_DISK."""
 
     OPENING = "opening"
     ON_DISK = "on disk"
@@ -56,6 +58,7 @@ class Model:
     slab: Slab | None = None
     load_tickets: list[int] = field(default_factory=list)
     unload_tickets: list[int] = field(default_factory=list)
+    used: bool = False  # since it was opened or looked at again
     last_run: int = 0  # the operation that ran it last, for taking turns
 
     @property
@@ -88,8 +91,9 @@ class Model:
 
     def displace(self, memory: Memory) -> None:
         """Give back what `place` claimed."""
-        memory.close_slab(self.name)
-        memory.release_extents(self.name)
+        if self.placement is not None:
+            memory.close_slab(self.name)
+            memory.release_extents(self.name)
         self.slab = self.placement = None
 
     def check_room(self, memory: Memory, prompt_tokens: int, answer_tokens: int) -> None:
@@ -130,12 +134,21 @@ class Residency:
 
     def open(self, name: str) -> Model:
         """The model of that name; its image is on the way if nobody asked for it before."""
-        if name not in self.models:
-            self.models[name] = Model(name)
-            self._flights.start(ev.Open(self._flights.next_id(), name))
-        return self.models[name]
+        model = self.models.get(name)
+        if model is None:
+            model = self.models[name] = Model(name)
+        elif model.where is not Where.ON_DISK or model.used:
+            return model
+        model.where, model.used = (
+            Where.OPENING,
+            True,
+        )  # an image that was left open is looked at again: has its file changed?
+        self._flights.start(ev.Open(self._flights.next_id(), name, model.image))
+        return model
 
     def opened(self, model: Model, result: ev.Opened) -> None:
+        if model.image is not None and model.image is not result.image:
+            self._flights.emit(ev.Close(model.image))
         model.where, model.image, model.footprint = Where.ON_DISK, result.image, result.footprint
 
     def load(self, model: Model) -> None:
@@ -156,10 +169,20 @@ class Residency:
         model.where = Where.EVICTING
         self._flights.start(ev.Unload(self._flights.next_id(), model.name))
 
+    def rest(self, model: Model) -> None:
+        """The model is off the device. Its image stays open for the next time; of those, the least recent give way."""
+        model.displace(self._memory)
+        for ticket in model.unload_tickets:
+            self._flights.emit(ev.Reply(ticket))
+        model.unload_tickets.clear()
+        model.where, model.used = Where.ON_DISK, False
+        resting = [other for other in self.models.values() if other.where is Where.ON_DISK and not other.used]
+        if len(resting) > MAX_RESTING:
+            self.forget(min(resting, key=lambda other: other.last_run))
+
     def forget(self, model: Model, error: Exception | None = None) -> None:
         """The model is gone, or could not be had: give back what it had, answer who asked for that, close its file."""
-        if model.placement is not None:
-            model.displace(self._memory)
+        model.displace(self._memory)
         for ticket in model.unload_tickets:
             self._flights.emit(ev.Reply(ticket, error))
         if error is not None:

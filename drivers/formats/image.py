@@ -17,7 +17,7 @@ from llm_os.drivers.formats.gguf_weights import GgufWeights
 from llm_os.drivers.formats.hf_architecture import hf_architecture, hf_family
 from llm_os.drivers.formats.hf_weights import HfWeights
 from llm_os.drivers.formats.json_files import read_object, read_text
-from llm_os.drivers.formats.mapped import map_file
+from llm_os.drivers.formats.mapped import fingerprint, map_file
 from llm_os.drivers.formats.safetensors import read_directory, read_file
 from llm_os.drivers.formats.shapes import check_tensors
 from llm_os.drivers.formats.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
@@ -50,6 +50,7 @@ class ModelImage:
         self._sampling_defaults = sampling_defaults
         self._turn_end_tokens = tokenizer.turn_end_tokens(template)
         self._text_end_tokens = tokenizer.text_end_tokens(template)
+        self._fingerprint = fingerprint(path)
         self._closed = False
 
     @property
@@ -112,6 +113,9 @@ class ModelImage:
         if self._template is None:
             raise RequestError(f"{self._name} has no chat template; give it a raw prompt (--raw)")
         return self._chat.render(messages)
+
+    def fresh(self) -> bool:
+        return self._fingerprint is not None and self._fingerprint == fingerprint(self._path)
 
     def close(self) -> None:
         self._closed = True

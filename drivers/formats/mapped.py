@@ -32,6 +32,16 @@ def map_file(path: Path) -> mmap.mmap:
         os.close(descriptor)
 
 
+def fingerprint(path: Path) -> tuple[object, ...] | None:
+    """What tells a file, or the files of a directory, from others of that name and from its own past; None if gone."""
+    try:
+        names = sorted(path.iterdir()) if path.is_dir() else [path]
+        stats = [(name.name, name.stat()) for name in names]
+    except (OSError, ValueError):
+        return None
+    return tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats)
+
+
 def shown(value: object) -> str:
     """A value from a file, fit for one line of a message."""
     text = repr(value)

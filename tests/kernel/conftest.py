@@ -118,8 +118,8 @@ class Machine:
     def _perform(self, operation: ev.Operation) -> Any:
         future: Future[Any]
         match operation:
-            case ev.Open(_, model):
-                image = SimImage.parse(model)
+            case ev.Open(_, model, last):
+                image = last if last is not None and last.fresh() else SimImage.parse(model)
                 return ev.Opened(image, self.driver.footprint(image, self.config.batch_tokens))
             case ev.Encode():
                 return encode(operation)

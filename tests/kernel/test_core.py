@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from llm_os.drivers.sim import SimImage
 from llm_os.kernel import events as ev
 from llm_os.kernel.driver import RowError
 from llm_os.kernel.errors import DriverError
@@ -337,7 +338,7 @@ def test_whoever_comes_while_an_unload_waits_is_served_after_it(machine: Any, mo
     m.post(ev.LoadModel(4, "sim:a"))
     m.settle()
     assert m.replies[2].error is None and m.replies[4].error is None
-    assert m.tokens(3) == m.expected(3) and m.closed_images == 1
+    assert m.tokens(3) == m.expected(3) and m.closed_images == 0
 
 
 @pytest.mark.parametrize("moment", [ev.Open, ev.Encode, ev.Load, ev.Run])
@@ -370,3 +371,30 @@ def test_tenants_do_not_see_each_others_cells(machine: Any) -> None:
     m.submit(2, tenant="bob")
     m.settle()
     assert m.tokens(1) == m.expected(1) and m.tokens(2) == m.expected(2) and m.tokens(1) != m.tokens(2)
+
+
+def test_an_unloaded_model_keeps_its_image_until_its_file_changes(machine: type[Any]) -> None:
+    m = machine()
+    m.post(ev.LoadModel(1, "sim:a"))
+    m.settle()
+    m.post(ev.UnloadModel(2, "sim:a"))
+    m.settle()
+    assert m.closed_images == 0 and m.core.residency.memory_info().free == m.core.residency.memory_info().total
+    m.submit(1)
+    assert m.pending[0].image is not None, "it is asked whether it is still what the name stands for"
+    m.mangle = lambda operation, result: (
+        ev.Opened(SimImage.parse("sim:a"), result.footprint) if isinstance(operation, ev.Open) else result
+    )
+    m.settle()
+    assert m.closed_images == 1 and m.tokens(1) == m.expected(1)
+
+
+def test_images_of_unloaded_models_are_few(machine: type[Any]) -> None:
+    m = machine()
+    for number in range(7):
+        m.submit(number, model=f"sim:{number}")
+        m.settle()
+        m.post(ev.UnloadModel(100 + number, f"sim:{number}"))
+        m.settle()
+    assert [info.name for info in m.core.residency.infos()] == ["sim:3", "sim:4", "sim:5", "sim:6"]
+    assert m.closed_images == 3

@@ -1,0 +1,85 @@
+"""What a session leaves behind, so that it survives the death of the program: records, and the sessions they add up to.
+
+    began ── took ── took ── given ── took ── … ── done
+
+A record is durable before anything that depends on it is delivered. KV is not kept: it can be computed again. Nor is
+any random state: the n-th number of a seed is a pure function (`kernel/random.py`). Knows no files: a `Log` writes.
+
+Records are stored (msgpack: 8 bytes a token), so tags and the order of fields stay; new fields go to the end and have
+a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from msgspec import Struct
+
+from llm_os.kernel.request import Request
+
+
+class Began(Struct, frozen=True, array_like=True, tag=0):
+    """A process was admitted with these prompt tokens."""
+
+    pid: int
+    request: Request
+    seed: int
+    prompt: tuple[int, ...]
+
+
+class Took(Struct, frozen=True, array_like=True, tag=1):
+    """It generated tokens, each with (token id, log-probability, alternatives)."""
+
+    pid: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()  # as many as tokens, or none
+
+
+class Given(Struct, frozen=True, array_like=True, tag=2):
+    """It was given tokens while it was blocked."""
+
+    pid: int
+    tokens: tuple[int, ...]
+
+
+class Done(Struct, frozen=True, array_like=True, tag=3):
+    """It ended; nobody needs it any more."""
+
+    pid: int
+
+
+Record = Began | Took | Given | Done
+
+
+class Session(Struct, frozen=True):
+    """A process that had not ended: how it began, and what it took and was given, in order."""
+
+    began: Began
+    since: tuple[Took | Given, ...] = ()
+
+
+class Log(Protocol):
+    """Where records go. One writer."""
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Returns once the records are durable. Raises StoreError if they may not be; they are then not in the log."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def replay(records: Iterable[Record]) -> dict[int, Session]:
+    """The sessions that had not ended, by pid. Records of a pid that never began are passed over."""
+    began: dict[int, Began] = {}
+    since: dict[int, list[Took | Given]] = {}
+    for record in records:
+        match record:
+            case Began(pid):
+                began[pid], since[pid] = record, []
+            case Took(pid) | Given(pid) if pid in began:
+                since[pid].append(record)
+            case Done(pid):
+                began.pop(pid, None)
+                since.pop(pid, None)
+    return {pid: Session(start, tuple(since[pid])) for pid, start in began.items()}
