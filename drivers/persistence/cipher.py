@@ -45,5 +45,5 @@ class AesGcm:
     def open(self, slot: int, sealed: bytes) -> bytes:
         try:
             return self._cipher.decrypt(sealed[:12], sealed[12:], slot.to_bytes(8, "little"))
-        except self._altered:
+        except (self._altered, ValueError):  # the latter for fewer bytes than a nonce has
             raise ValueError(f"what lies in slot {slot} is not what was sealed there") from None

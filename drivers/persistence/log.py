@@ -201,6 +201,4 @@ class FileLog:
 
     def _failed(self, error: OSError) -> StoreError:
         why = error.strerror or str(error)
-        return StoreError(
-            f"the journal in {self._folder} failed: {why}; free or check the disk, or give another directory"
-        )
+        return StoreError(f"the journal in {self._folder} failed: {why}; mend the disk, or give another directory")

@@ -174,4 +174,4 @@ class SwapStore:
 
     def _failed(self, error: OSError) -> StoreError:
         why = error.strerror or str(error)
-        return StoreError(f"swap to {self._path} failed: {why}; check the disk, or set swap_disk to 0")
+        return StoreError(f"swap to {self._path} failed: {why}; mend the disk, or set swap_disk to 0")
