@@ -1,7 +1,8 @@
 """The `cuda` driver in its simplest form: the tensor code of the cpu driver on the first NVIDIA GPU.
 
-It reserves KV for all page numbers of the budget with each model, where a CPU only reserves addresses: give it a
-`memory` that leaves room beside the weights. One arena for all models of a device replaces this.
+What is missing is one arena for weights and KV. KV of all models shares one reservation of the budget's frames, but
+memory is taken for all of it with the first model and given back when the last is released, where a CPU takes a frame
+when it is written; and weights lie outside. So give it a `memory` that leaves room beside the weights.
 """
 
 from __future__ import annotations

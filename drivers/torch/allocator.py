@@ -11,9 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's parameters
 _LARGEST_TRIM, _LARGEST_MMAP = 64 << 20, 32 << 20  # where glibc's own adjustment ends up once tensors were freed
+_INSIDE: set[object] = set()  # who is in `releasing` now, in any thread: the threshold is one for the process
+_INSIDE_LOCK = Lock()
 _PROBE = 100_000  # bytes; large enough that freeing them trims the arena they are from
 
 
@@ -24,14 +27,20 @@ def releasing() -> Iterator[None]:
     if libc is None:
         yield
         return
-    libc.mallopt(_TRIM_THRESHOLD, 0)
+    me = object()
+    with _INSIDE_LOCK:
+        _INSIDE.add(me)
+        libc.mallopt(_TRIM_THRESHOLD, 0)
     try:
         yield
         libc.malloc_trim(0)
         libc.free(libc.malloc(_PROBE))
     finally:
-        libc.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM)
-        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP)
+        with _INSIDE_LOCK:
+            _INSIDE.discard(me)
+            if not _INSIDE:
+                libc.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM)
+                libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP)
 
 
 @cache

@@ -108,7 +108,7 @@ def attend(plan: Plan, pool: KvPool, layer: int, queries: Tensor, scale: float) 
     rows, heads, dim = queries.shape
     queries = queries * (scale * _LOG2_E)
     kv = pool.layer(layer)
-    kv_heads = kv.shape[1]
+    kv_heads = kv.shape[2]
     group = heads // kv_heads
     output = queries.new_empty(rows, kv_heads, group, dim)
     states: dict[int, _State] = {}
@@ -132,12 +132,12 @@ def attend(plan: Plan, pool: KvPool, layer: int, queries: Tensor, scale: float) 
 
 def _gather(kv: Tensor, table: PageTable, start: int, stop: int, scratch: Tensor) -> Tensor:
     """Keys and values of tokens `start .. stop` as [2, kv_heads, blocks, BLOCK, dim], zeros after `stop`."""
-    _, kv_heads, _, dim = kv.shape
+    _, _, kv_heads, _, dim = kv.shape
     room = -(-(stop - start) // BLOCK) * BLOCK
     gathered = scratch[: 2 * kv_heads * room * dim].view(2, kv_heads, room, dim)
     for run in table.runs(start, stop):
         place = run.start - start
-        gathered[:, :, place : place + run.length] = kv[:, :, run.slot : run.slot + run.length]
+        gathered[:, :, place : place + run.length] = kv[run.frame, :, :, run.offset : run.offset + run.length]
     gathered[:, :, stop - start :] = 0
     return gathered.view(2, kv_heads, room // BLOCK, BLOCK, dim)
 

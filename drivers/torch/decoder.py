@@ -18,7 +18,7 @@ from llm_os.drivers.formats.weights import Weights
 from llm_os.drivers.torch.attention import Plan, Stretch, attend
 from llm_os.drivers.torch.embedding import open_embedding
 from llm_os.drivers.torch.linear import Format, Linear
-from llm_os.drivers.torch.pool import KvPool
+from llm_os.drivers.torch.pool import KvPool, Places
 from llm_os.drivers.torch.rope import Rotation
 from llm_os.drivers.torch.rows import ACTIVATIONS, rms_norm
 
@@ -45,10 +45,10 @@ class DecoderLayer:
         self._post_feed_forward_norm = parts.vector("post_ffw_norm") if architecture.post_norms else None
         self.nbytes = parts.nbytes
 
-    def forward(self, x: Tensor, rotation: Rotation, plan: Plan, pool: KvPool, slots: Tensor) -> Tensor:
-        """`x` [n, hidden] through this layer; writes the rows' keys and values at `slots` [n]."""
+    def forward(self, x: Tensor, rotation: Rotation, plan: Plan, pool: KvPool, places: Places) -> Tensor:
+        """`x` [n, hidden] through this layer; writes the rows' keys and values at `places`."""
         eps = self._architecture.norm_eps
-        attention = self._attention(rms_norm(x, self._attention_norm, eps), rotation, plan, pool, slots)
+        attention = self._attention(rms_norm(x, self._attention_norm, eps), rotation, plan, pool, places)
         if self._post_attention_norm is not None:
             attention = rms_norm(attention, self._post_attention_norm, eps)
         x = x + attention
@@ -58,7 +58,7 @@ class DecoderLayer:
             y = rms_norm(y, self._post_feed_forward_norm, eps)
         return x + y
 
-    def _attention(self, x: Tensor, rotation: Rotation, plan: Plan, pool: KvPool, slots: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, rotation: Rotation, plan: Plan, pool: KvPool, places: Places) -> Tensor:
         a = self._architecture
         qkv = self._qkv(x)
         if self._qkv_bias is not None:
@@ -69,7 +69,7 @@ class DecoderLayer:
             qk = rms_norm(qk, self._qk_norm, a.norm_eps)
         qk = rotation(qk)
         q, k = qk[:, : a.heads], qk[:, a.heads :]
-        pool.write(self._index, k, v, slots)
+        pool.write(self._index, k, v, places)
         return self._output(attend(plan, pool, self._index, q, a.attention_scale))
 
 
@@ -95,7 +95,8 @@ class Decoder:
         """
         device = self._format.device
         positions = [stretch.position + i for stretch in stretches for i in range(stretch.length)]
-        slots = torch.tensor([slot for s in stretches for slot in s.table.slots(s.position, s.end)], device=device)
+        pairs = [pair for stretch in stretches for pair in stretch.table.places(stretch.position, stretch.end)]
+        frames, offsets = torch.tensor(pairs, device=device).unbind(1)
         where = torch.tensor(positions, device=device)
         rotations: dict[Rope, Rotation] = {}
         plans: dict[int | None, Plan] = {}
@@ -105,7 +106,7 @@ class Decoder:
                 rotations[layer.rope] = Rotation(layer.rope, where)
             if layer.window not in plans:
                 plans[layer.window] = Plan(stretches, layer.window, device)
-            x = layer.forward(x, rotations[layer.rope], plans[layer.window], pool, slots)
+            x = layer.forward(x, rotations[layer.rope], plans[layer.window], pool, (frames, offsets))
         return rms_norm(x, self._norm, self._architecture.norm_eps)
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:

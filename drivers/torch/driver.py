@@ -1,7 +1,11 @@
 """The driver contract over torch tensors, shared by the cpu and cuda drivers. Knows models by name; decides nothing.
 
-Two workers: one runs batches, copies and unloads in the order they were asked for; the other loads, so that a load
-overlaps with running batches.
+Four workers, each in the order of what it was asked for, so that nothing waits for what takes longer than itself:
+
+    batches   run, copy, unload, release
+    swaps     swap_out, swap_in
+    loads     load
+    files     prefetch
 """
 
 from __future__ import annotations
@@ -19,11 +23,13 @@ from msgspec import Struct
 from llm_os.drivers.formats.architecture import Architecture
 from llm_os.drivers.formats.weights import Weights
 from llm_os.drivers.torch.allocator import releasing
+from llm_os.drivers.torch.arena import Arena
 from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import Decoder
 from llm_os.drivers.torch.embedding import embedding_bytes
 from llm_os.drivers.torch.footprint import measure
 from llm_os.drivers.torch.linear import choose_format
+from llm_os.drivers.torch.page_cache import warm
 from llm_os.drivers.torch.pool import KvPool, PageTable
 from llm_os.drivers.torch.sampler import sample
 from llm_os.kernel.driver import Batch, DeviceInfo, DeviceMemory, Footprint, Move, Placement, Row, Sample, Sequence
@@ -63,10 +69,13 @@ class TorchDriver:
         self._probe = probe
         self._format = choose_format(config.precision, device)
         self._models: dict[str, _Resident] = {}
+        self._arena = Arena(config.frame_bytes, config.budget(probe().total_bytes) // config.frame_bytes, device)
         self._threads = config.threads if device.type == "cpu" else None
         self._threads_before = torch.get_num_threads()
         self._batches = ThreadPoolExecutor(1, f"llm-os-{device.type}")
+        self._swaps = ThreadPoolExecutor(1, f"llm-os-{device.type}-swap")
         self._loads = ThreadPoolExecutor(1, f"llm-os-{device.type}-load")
+        self._files = ThreadPoolExecutor(1, f"llm-os-{device.type}-file")
         self._lock = Lock()
         self._closed = False
 
@@ -84,26 +93,36 @@ class TorchDriver:
     def unload(self, model: str) -> Future[None]:
         return self._submit(self._batches, lambda: self._unload(model))
 
+    def release(self, model: str) -> Future[None]:
+        return self._submit(self._batches, lambda: self._release(model))
+
+    def prefetch(self, model: str, image: Image) -> Future[None]:
+        return self._submit(self._files, lambda: self._prefetch(image))
+
     def run(self, batch: Batch) -> Future[tuple[Row, ...]]:
         return self._submit(self._batches, lambda: self._run(batch))
 
     def copy(self, model: str, moves: tuple[Move, ...]) -> Future[None]:
         return self._submit(self._batches, lambda: self._copy(model, moves))
 
+    def swap_out(self, model: str, pages: tuple[int, ...]) -> Future[tuple[bytes, ...]]:
+        return self._submit(self._swaps, lambda: self._swap_out(model, pages))
+
+    def swap_in(self, model: str, pages: tuple[int, ...], contents: tuple[bytes, ...]) -> Future[None]:
+        return self._submit(self._swaps, lambda: self._swap_in(model, pages, contents))
+
     def memory(self) -> DeviceMemory:
-        residents = list(self._models.values())
-        return DeviceMemory(
-            weights=sum(resident.decoder.nbytes for resident in residents),
-            kv=sum(resident.pool.nbytes for resident in residents),
-        )
+        weights = sum(resident.decoder.nbytes for resident in list(self._models.values()))
+        return DeviceMemory(weights=weights, kv=self._arena.nbytes)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
         with self._releasing():  # threads give back what they hold when they end
-            self._loads.shutdown()
-            self._batches.shutdown()
+            for worker in (self._files, self._loads, self._swaps, self._batches):
+                worker.shutdown()
             self._models.clear()
+            self._arena.clear()
         if self._threads is not None and torch.get_num_threads() == self._threads:
             torch.set_num_threads(self._threads_before)
 
@@ -129,12 +148,16 @@ class TorchDriver:
             raise DriverError(f"model {model!r} is already loaded; unload it first")
         contents = _contents(image)
         a = contents.hyperparameters
+        kept = self._arena.holds(model)
         try:
+            pool = self._arena.open(model, a, placement.page_tokens, placement.pages)
+            self._arena.displace(placement.extents)
             decoder = Decoder(a, contents.weights, self._format)
-            pool = KvPool(len(a.layers), a.kv_heads, a.head_dim, placement.page_tokens, placement.pages, self._device)
         except Exception as error:
             with self._releasing():
                 traceback.clear_frames(error.__traceback__)  # they hold what was loaded so far
+                if not kept:
+                    self._arena.release(model)
             raise
         with self._releasing():
             self._models[model] = _Resident(a, decoder, pool)
@@ -144,16 +167,43 @@ class TorchDriver:
         with self._releasing():
             del self._models[model]
 
+    def _release(self, model: str) -> None:
+        if model in self._models:
+            raise DriverError(f"model {model!r} is loaded and needs its KV; unload it before releasing it")
+        self._arena.release(model)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _prefetch(self, image: Image) -> None:
+        warm(_contents(image).weights, lambda: not self._closed)
+        if self._closed:
+            raise Closed(f"the {self._device.type} driver was closed while it read {image.name}")
+
     def _copy(self, model: str, moves: tuple[Move, ...]) -> None:
-        pool = self._resident(model).pool
+        pool = self._arena.pool(model)
         for move in moves:
             _check_pages(pool, (move.source, move.target))
-        if moves:
-            pool.copy(moves)
+        self._arena.claim(model, pool.frames_of(move.target for move in moves))
+        pool.copy(moves)
+
+    def _swap_out(self, model: str, pages: tuple[int, ...]) -> tuple[bytes, ...]:
+        pool = self._arena.pool(model)
+        _check_pages(pool, pages)
+        if not self._arena.owns(model, pool.frames_of(pages)):
+            raise DriverError(f"model {model!r} has no KV in some of the pages to swap: others have taken their frames")
+        return pool.read(pages)
+
+    def _swap_in(self, model: str, pages: tuple[int, ...], contents: tuple[bytes, ...]) -> None:
+        pool = self._arena.pool(model)
+        _check_pages(pool, pages)
+        pool.check(pages, contents)
+        self._arena.claim(model, pool.frames_of(pages))
+        pool.restore(pages, contents)
 
     def _run(self, batch: Batch) -> tuple[Row, ...]:
         resident = self._resident(batch.model)
         stretches = _lay_out(batch.sequences, resident)
+        self._arena.claim(batch.model, {run.frame for s in stretches for run in s.table.runs(s.position, s.end)})
         tokens = [token for sequence in batch.sequences for token in sequence.tokens]
         hidden = resident.decoder.forward(tokens, stretches, resident.pool)
         wishes: list[Sample] = []
@@ -206,10 +256,8 @@ def _lay_out(sequences: tuple[Sequence, ...], resident: _Resident) -> list[Stret
         if not all(0 <= token < vocab for token in sequence.tokens):
             raise DriverError(f"process {sequence.pid}: a token id is outside the vocabulary of {vocab}")
         _check_pages(pool, sequence.pages)
-        pool.touch(sequence.pages[sequence.position // pool.page_tokens : -(-end // pool.page_tokens)])
-        stretches.append(
-            Stretch(row, len(sequence.tokens), sequence.position, PageTable(sequence.pages, pool.page_tokens))
-        )
+        table = PageTable(sequence.pages, pool.page_tokens, pool.slots)
+        stretches.append(Stretch(row, len(sequence.tokens), sequence.position, table))
         row += len(sequence.tokens)
     return stretches
 

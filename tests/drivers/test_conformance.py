@@ -7,17 +7,31 @@ batch answers with what a lone process answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from llm_os.drivers.plugin import register_drivers
 from llm_os.kernel.config import Config
-from llm_os.kernel.driver import Batch, Driver, DriverProbe, Move, Placement, Row, Sample, Sampled, Sequence
+from llm_os.kernel.driver import (
+    Batch,
+    DeviceMemory,
+    Driver,
+    DriverProbe,
+    Extent,
+    Move,
+    Placement,
+    Row,
+    Sample,
+    Sampled,
+    Sequence,
+)
 from llm_os.kernel.errors import Closed, DriverError
 from llm_os.kernel.image import Image
-from llm_os.kernel.memory import Memory, fit_page_tokens
 from llm_os.kernel.plugins import Plugins
 
 PROBES: dict[str, DriverProbe] = {}
@@ -27,27 +41,58 @@ PROMPT = tuple(range(40, 90))
 
 
 class Bench:
-    """One driver with one model loaded, and a page allocator as plain as can be."""
+    """One driver with one model loaded, and an allocator as plain as can be: weights from the first frame on, pages
+    from the last frame down, nothing ever reused."""
 
     def __init__(self, driver: str, image: Image, model: str) -> None:
         config = Config(driver=driver, memory="2GiB", precision="exact")
         self.driver: Driver = Plugins(config).open_driver()
         self.image, self.model = image, model
         cost = self.driver.footprint(image, 512)
-        memory = Memory(config.budget(0), config.frame_bytes)
-        extents = memory.claim_extents(model, (*cost.extents, cost.workspace))
-        self.page_tokens = fit_page_tokens(cost.page_tokens, cost.kv_bytes_per_token, config.frame_bytes) or 0
-        self.slab = memory.open_slab(model, self.page_tokens, self.page_tokens * cost.kv_bytes_per_token)
-        self.placement = Placement(extents=extents, page_tokens=self.page_tokens, pages=memory.frames * self.slab.slots)
-        self.driver.load(model, image, self.placement).result(120)
+        self.frame_bytes, self.frames = config.frame_bytes, config.budget(0) // config.frame_bytes
+        self.sizes = [-(-size // self.frame_bytes) for size in (*cost.extents, cost.workspace)]
+        fitting = [n for n in cost.page_tokens if n * cost.kv_bytes_per_token <= self.frame_bytes]
+        self.page_tokens = min(fitting, key=lambda n: abs(n - 16))
+        self.page_bytes = self.page_tokens * cost.kv_bytes_per_token
+        self.slots = self.frame_bytes // self.page_bytes
+        self.free = iter(
+            [frame * self.slots + slot for frame in reversed(range(self.frames)) for slot in range(self.slots)]
+        )
+        self.placement = self.place(0)
+        self.load()
+
+    def place(self, first: int) -> Placement:
+        """Weights and workspace from frame `first` on."""
+        starts = accumulate(self.sizes, initial=first)
+        extents = tuple(Extent(start, size) for start, size in zip(starts, self.sizes, strict=False))
+        return Placement(extents=extents, page_tokens=self.page_tokens, pages=self.frames * self.slots)
+
+    def load(self) -> None:
+        self.driver.load(self.model, self.image, self.placement).result(120)
+
+    @contextmanager
+    def unloaded(self) -> Iterator[None]:
+        self.driver.unload(self.model).result(60)
+        try:
+            yield
+        finally:
+            self.load()
+
+    @contextmanager
+    def other(self, placement: Placement) -> Iterator[str]:
+        """A second model, which gives everything back afterwards."""
+        self.driver.load("other", self.image, placement).result(120)
+        try:
+            yield "other"
+        finally:
+            self.driver.unload("other").result(60)
+            self.driver.release("other").result(60)
 
     def pages(self, tokens: int) -> tuple[int, ...]:
-        pages = [self.slab.allocate() for _ in range(-(-tokens // self.page_tokens))]
-        assert None not in pages
-        return tuple(page for page in pages if page is not None)
+        return tuple(islice(self.free, -(-tokens // self.page_tokens)))
 
-    def run(self, *sequences: Sequence) -> tuple[Row, ...]:
-        return self.driver.run(Batch(model=self.model, sequences=sequences)).result(120)
+    def run(self, *sequences: Sequence, model: str | None = None) -> tuple[Row, ...]:
+        return self.driver.run(Batch(model=model or self.model, sequences=sequences)).result(120)
 
     def feed(self, tokens: tuple[int, ...], pages: tuple[int, ...], position: int = 0, **fields: Any) -> Sequence:
         fields = {"pid": 1, "salt": 0, "sample": GREEDY, **fields}
@@ -86,6 +131,20 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 def token(row: Row) -> int:
     assert isinstance(row, Sampled)
     return row.token
+
+
+def prefilled(bench: Bench) -> tuple[Row, tuple[int, ...]]:
+    """Pages that hold PROMPT, and what `continued` answers from them."""
+    pages = bench.pages(len(PROMPT) + 2)
+    bench.run(bench.feed(PROMPT, pages))
+    return continued(bench, pages), pages
+
+
+def continued(bench: Bench, pages: tuple[int, ...], model: str | None = None) -> Row:
+    """The row after one more token, computed from the KV in `pages` and nothing else."""
+    (row,) = bench.run(bench.feed((7,), pages, len(PROMPT), sample=Sample(uniform=0.5, logprobs=5)), model=model)
+    assert isinstance(row, Sampled)
+    return row
 
 
 def test_a_prompt_in_any_chunks_gives_the_same_answer(bench: Bench) -> None:
@@ -172,6 +231,8 @@ def test_an_unknown_model_fails_the_operation_and_nothing_else(bench: Bench) -> 
         lambda: bench.driver.run(Batch(model="nobody", sequences=(bench.feed((1,), (0,)),))),
         lambda: bench.driver.unload("nobody"),
         lambda: bench.driver.copy("nobody", (Move(0, 1),)),
+        lambda: bench.driver.swap_out("nobody", (0,)),
+        lambda: bench.driver.swap_in("nobody", (0,), (b"",)),
         lambda: bench.driver.load(bench.model, bench.image, bench.placement),
     ]
     for call in calls:
@@ -190,10 +251,124 @@ def test_the_device_says_what_it_is_and_holds(bench: Bench) -> None:
 
 def test_unload_gives_back_and_load_brings_back(bench: Bench) -> None:
     expected = bench.answer(PROMPT, 3)
-    bench.driver.unload(bench.model).result(60)
-    assert bench.driver.memory().weights == 0 and bench.driver.memory().kv == 0
-    bench.driver.load(bench.model, bench.image, bench.placement).result(120)
+    with bench.unloaded():
+        assert bench.driver.memory().weights == 0
     assert bench.answer(PROMPT, 3) == expected
+
+
+def test_kv_outlives_its_models_weights(bench: Bench) -> None:
+    expected, pages = prefilled(bench)
+    with bench.unloaded():
+        pass
+    assert continued(bench, pages) == expected
+
+
+def test_pages_are_copied_and_swapped_while_their_model_is_not_loaded(bench: Bench) -> None:
+    expected, pages = prefilled(bench)
+    copies, third = bench.pages(len(PROMPT) + 2), bench.pages(len(PROMPT) + 2)
+    with bench.unloaded():
+        bench.driver.copy(bench.model, tuple(map(Move, pages, copies))).result(60)
+        contents = bench.driver.swap_out(bench.model, copies).result(60)
+        bench.driver.swap_in(bench.model, third, contents).result(60)
+    for table in (copies, third, pages):
+        assert continued(bench, table) == expected
+
+
+def test_swapped_pages_serve_in_other_places_as_they_did(bench: Bench) -> None:
+    expected, pages = prefilled(bench)
+    contents = bench.driver.swap_out(bench.model, pages).result(60)
+    assert len(contents) == len(pages)
+    assert all(0 < len(content) <= bench.page_bytes for content in contents)
+    bench.run(bench.feed(tuple(reversed(PROMPT)) + PROMPT[:2], pages))
+    others = tuple(reversed(bench.pages(2 * len(PROMPT))))[: len(pages)]
+    bench.driver.swap_in(bench.model, others, contents).result(60)
+    assert continued(bench, others) == expected
+    bench.driver.swap_in(bench.model, pages, contents).result(60)
+    assert continued(bench, pages) == expected
+
+
+def test_a_swap_that_does_not_fit_writes_nothing(bench: Bench) -> None:
+    expected, pages = prefilled(bench)
+    others = bench.pages(len(PROMPT) + 2)
+    bench.run(bench.feed(tuple(reversed(PROMPT)) + PROMPT[:2], others))
+    junk = bench.driver.swap_out(bench.model, others).result(60)
+    for contents in (junk[:-1], (*junk, junk[0]), (*junk[:-1], junk[-1][:-1]), (*junk[:-1], junk[-1] * 2)):
+        with pytest.raises(DriverError):
+            bench.driver.swap_in(bench.model, pages, contents).result(60)
+    for outside in (-1, bench.placement.pages):
+        with pytest.raises(DriverError):
+            bench.driver.swap_in(bench.model, (*pages[:-1], outside), junk).result(60)
+        with pytest.raises(DriverError):
+            bench.driver.swap_out(bench.model, (*pages[:-1], outside)).result(60)
+    assert continued(bench, pages) == expected
+
+
+def test_release_gives_the_kv_back_and_ends_it(bench: Bench) -> None:
+    expected, pages = prefilled(bench)
+    contents = bench.driver.swap_out(bench.model, pages).result(60)
+    with pytest.raises(DriverError):
+        bench.driver.release(bench.model).result(60)
+    assert continued(bench, pages) == expected, "a loaded model keeps its KV"
+    with bench.unloaded():
+        bench.driver.release(bench.model).result(60)
+        assert bench.driver.memory() == DeviceMemory(weights=0, kv=0)
+        calls: list[Callable[[], Any]] = [
+            lambda: bench.driver.swap_out(bench.model, pages),
+            lambda: bench.driver.swap_in(bench.model, pages, contents),
+            lambda: bench.driver.copy(bench.model, (Move(pages[0], pages[1]),)),
+        ]
+        for call in calls:
+            with pytest.raises(DriverError):
+                call().result(60)
+        bench.driver.release(bench.model).result(60)
+        bench.driver.release("nobody").result(60)
+    bench.run(bench.feed(PROMPT, pages))
+    assert continued(bench, pages) == expected
+
+
+def test_kept_kv_is_not_cut_in_another_way(bench: Bench) -> None:
+    expected, pages = prefilled(bench)
+    with bench.unloaded():
+        fewer = structs.replace(bench.placement, pages=bench.placement.pages - 1)
+        other = structs.replace(bench.placement, page_tokens=bench.page_tokens + 1)
+        for placement in (fewer, other):
+            with pytest.raises(DriverError):
+                bench.driver.load(bench.model, bench.image, placement).result(120)
+        assert bench.driver.memory().weights == 0
+    assert continued(bench, pages) == expected
+
+
+def test_frames_pass_to_another_models_pages_and_back(bench: Bench) -> None:
+    expected, pages = prefilled(bench)
+    held = bench.driver.memory().kv
+    with bench.other(bench.place(sum(bench.sizes))) as other:
+        for model in (other, bench.model, other):
+            bench.run(bench.feed(PROMPT, pages), model=model)
+            assert continued(bench, pages, model) == expected
+            assert bench.driver.memory().kv <= held, "one memory, whoever writes it"
+    bench.run(bench.feed(PROMPT, pages))
+    assert continued(bench, pages) == expected
+
+
+def test_frames_pass_to_weights_and_back(bench: Bench) -> None:
+    expected, pages = prefilled(bench)
+    held = bench.driver.memory().kv
+    placement = bench.place(min(min(pages) // bench.slots, bench.frames - sum(bench.sizes)))
+    extents = placement.extents
+    assert all(any(e.frame <= page // bench.slots < e.frame + e.frames for e in extents) for page in pages)
+    with bench.other(placement):
+        assert bench.driver.memory().kv <= held
+    bench.run(bench.feed(PROMPT, pages))
+    assert continued(bench, pages) == expected
+
+
+def test_prefetch_takes_no_memory_of_the_device(bench: Bench) -> None:
+    held = bench.driver.memory()
+    bench.driver.prefetch("other", bench.image).result(120)
+    bench.driver.prefetch(bench.model, bench.image).result(120)
+    assert bench.driver.memory() == held
+    with pytest.raises(DriverError):
+        bench.driver.unload("other").result(60)
 
 
 def test_close_is_final_and_can_be_repeated(bench: Bench) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_os.drivers.cpu import open_cpu
 from llm_os.drivers.formats.architecture import Architecture, Layer, Rope
 from llm_os.drivers.formats.weights import Weights, WeightTensor
+from llm_os.drivers.torch.arena import Arena
 from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import Decoder
+from llm_os.drivers.torch.driver import TorchDriver
 from llm_os.drivers.torch.linear import choose_format
-from llm_os.drivers.torch.pool import KvPool, PageTable
+from llm_os.drivers.torch.pool import PageTable
+from llm_os.kernel.config import Config
 
 
 class MemoryWeights:
@@ -45,14 +50,15 @@ class Bench:
     def __init__(self, architecture: Architecture, weights: Weights, precision: str, page_tokens: int, pages: int):
         a = architecture
         self.decoder = Decoder(a, weights, choose_format(precision, torch.device("cpu")))
-        self.pool = KvPool(len(a.layers), a.kv_heads, a.head_dim, page_tokens, pages, torch.device("cpu"))
+        self.pool = Arena(2 << 20, 0, torch.device("cpu")).open("m", a, page_tokens, pages)
         for layer in range(len(a.layers)):
             self.pool.layer(layer).fill_(torch.nan)  # what a page held before must never be read
 
     def feed(self, *sequences: tuple[list[int], int, tuple[int, ...]]) -> list[Tensor]:
         stretches, row = [], 0
         for tokens, position, pages in sequences:
-            stretches.append(Stretch(row, len(tokens), position, PageTable(pages, self.pool.page_tokens)))
+            table = PageTable(pages, self.pool.page_tokens, self.pool.slots)
+            stretches.append(Stretch(row, len(tokens), position, table))
             row += len(tokens)
         with torch.inference_mode():
             hidden = self.decoder.forward([t for tokens, _, _ in sequences for t in tokens], stretches, self.pool)
@@ -136,6 +142,18 @@ ARCHITECTURES = {"odd": ODD, "even": EVEN}
 @pytest.fixture(params=sorted(ARCHITECTURES))
 def architecture(request: Any) -> Architecture:
     return ARCHITECTURES[request.param]
+
+
+@pytest.fixture
+def driver() -> Iterator[TorchDriver]:
+    driver = open_cpu(Config(precision="exact"))
+    yield driver
+    driver.close()
+
+
+@pytest.fixture
+def image(architecture: Architecture, weights_of: Callable[[Architecture], Weights]) -> Any:
+    return SimpleNamespace(name="tiny", hyperparameters=architecture, weights=weights_of(architecture))
 
 
 @pytest.fixture

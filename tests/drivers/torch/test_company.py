@@ -94,8 +94,7 @@ def test_a_neighbour_full_of_nan_is_not_noticed(architecture, weights_of, bench)
     bench = bench(architecture, weights_of(architecture), "exact", 16, 20)
     tokens = [5, 6, 7, 8, 9]
     reference = alone(bench, tokens, (3, 4))
-    for layer in range(2):
-        bench.pool.layer(layer)[:, :, 5 * 16 : 6 * 16] = torch.nan
+    bench.pool.page(5).fill_(torch.nan)
     sick, healthy = bench.feed(([1], 16, (5, 6)), (tokens, 0, (7, 8)))
     assert sick.isnan().all()
     assert torch.equal(healthy, reference)

@@ -21,18 +21,6 @@ GREEDY = Sample(uniform=0.0)
 REFERENCE = Path(__file__).parents[2] / "data" / "smollm2_reference.json"
 
 
-@pytest.fixture
-def driver():
-    driver = open_cpu(Config(precision="exact"))
-    yield driver
-    driver.close()
-
-
-@pytest.fixture
-def image(architecture, weights_of):
-    return SimpleNamespace(name="tiny", hyperparameters=architecture, weights=weights_of(architecture))
-
-
 def place(page_tokens=16, pages=8):
     return Placement(extents=(), page_tokens=page_tokens, pages=pages)
 
@@ -99,8 +87,10 @@ def test_the_footprint_is_what_a_load_really_holds(image, precision):
     assert driver.memory().weights == sum(footprint.extents)
     assert driver.memory().kv == 0
     run(driver, one([1, 2, 3]))
-    assert driver.memory().kv == 16 * footprint.kv_bytes_per_token
+    assert driver.memory().kv == 2 << 20  # one frame
     driver.unload("m").result()
+    assert (driver.memory().weights, driver.memory().kv) == (0, 2 << 20)
+    driver.release("m").result()
     assert (driver.memory().weights, driver.memory().kv) == (0, 0)
     driver.close()
 
@@ -154,6 +144,7 @@ def test_memory_returns_after_every_unload(driver, smollm2: Path):
         run(driver, one(range(40), pages=tuple(range(500, 503))))
         loaded = held()
         driver.unload("m").result()
+        driver.release("m").result()
         after.append(held())
         assert loaded - after[-1] > 500_000  # kB: the model was really there
     image.close()
@@ -165,8 +156,10 @@ def test_an_unknown_model_is_an_error_of_each_operation(driver):
         driver.run(Batch(model="absent", sequences=())),
         driver.unload("absent"),
         driver.copy("absent", (Move(0, 1),)),
+        driver.swap_out("absent", (0,)),
+        driver.swap_in("absent", (), ()),
     ):
-        with pytest.raises(DriverError, match="'absent' is not loaded"):
+        with pytest.raises(DriverError, match=r"'absent' (is not loaded|has no KV) on the cpu device; load it first"):
             operation.result()
 
 
