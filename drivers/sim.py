@@ -191,8 +191,7 @@ class SimDriver:
         def release() -> None:
             if model in self._loaded:
                 raise DriverError(f"{model} is loaded; unload it before its KV is released")
-            self._placement(model)
-            del self._known[model]
+            self._known.pop(model, None)
             for frame in [frame for frame, owner in self._owners.items() if owner == model]:
                 del self._owners[frame]
             for key in [key for key in self._pages if key[0] == model]:
@@ -224,11 +223,13 @@ class SimDriver:
 
     def swap_in(self, model: str, pages: tuple[int, ...], contents: tuple[bytes, ...]) -> Future[None]:
         def swap_in() -> None:
+            size = 8 * self._placement(model)[0].page_tokens
+            if len(pages) != len(contents) or any(len(content) != size for content in contents):
+                raise DriverError(f"{len(contents)} contents are not {len(pages)} pages of {size} bytes of {model}")
+            for page in pages:
+                self._check(model, page)
             for page, content in zip(pages, contents, strict=True):
-                cells = array("Q", content)
-                if len(cells) != self._placement(model)[0].page_tokens:
-                    raise DriverError(f"{len(content)} bytes are no page of {model}")
-                self._write(model, page)[:] = cells
+                self._write(model, page)[:] = array("Q", content)
 
         return self._now(swap_in)
 
