@@ -106,11 +106,9 @@ def read_groups(name: str, file: File, offset: int, crc: int) -> Iterator[Group]
     while size - offset >= _GROUP.size:
         length, expected = _GROUP.unpack(take(offset, _GROUP.size))
         start = offset + _GROUP.size
-        if length > size - start:
-            return
-        payload = take(start, length)
+        payload = take(start, length)  # at most what there is
         crc = _checksum(payload, crc)
-        if len(payload) < length or crc != expected:
+        if crc != expected:
             return
         try:
             records = _records.decode(payload)

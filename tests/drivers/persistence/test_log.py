@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_os.drivers.persistence import FileLog
+from llm_os.drivers.persistence import FileLog, LocalFiles
 from llm_os.kernel.errors import StoreError
 from llm_os.kernel.journal import Began, Done, Given, Record, Took, replay
 from llm_os.kernel.request import Request, Sampling, TokenLogprob
@@ -119,7 +119,8 @@ def test_a_journal_of_a_later_version_is_refused(tmp_path: Path) -> None:
 
 def test_a_group_of_an_earlier_file_at_the_right_place_is_no_group(tmp_path: Path) -> None:
     """As where a file system gives a new file the old blocks: the checksums match, but not after this header."""
-    old, _ = written(tmp_path, [[Done(1)]])
+    written(tmp_path, [[Done(1)]])
+    old, _ = written(tmp_path, [[Done(1)]])  # now nothing but the generation differs in the headers
     new, _ = written(tmp_path, [])
     (tmp_path / "journal").write_bytes(new + old[len(new) :])
     log = FileLog(tmp_path)
@@ -190,6 +191,20 @@ def test_files_and_folder_are_the_owners_alone_and_closing_leaves_only_the_journ
     assert [path.name for path in folder.iterdir()] == ["journal"]
     with pytest.raises(StoreError, match="is closed"):
         log.append([Done(1)])
+
+
+def test_folders_that_are_made_are_durable(tmp_path: Path) -> None:
+    synced: list[Path] = []
+
+    class Watched(LocalFiles):
+        def sync_folder(self, path: Path) -> None:
+            synced.append(path)
+            super().sync_folder(path)
+
+    Watched().make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"] and (tmp_path / "a" / "b").is_dir()
+    Watched().make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2
 
 
 def test_a_journal_is_not_followed_to_where_a_link_leads(tmp_path: Path) -> None:

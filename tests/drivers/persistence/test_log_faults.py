@@ -119,6 +119,17 @@ def test_a_refused_group_is_not_there_after_a_power_cut_if_the_disk_works_again(
     assert refusals == 2  # the write and the sync
 
 
+def test_a_rewrite_that_fails_leaves_no_second_file_on_a_full_disk(disk: Any, story: Any) -> None:
+    faulty = disk()
+    log = FileLog(FOLDER, faulty)
+    log.append(story(0)[0])
+    faulty.faults = {faulty.count + number: "ENOSPC" for number in (1, 3)}  # the sync, and the write of the new file
+    with pytest.raises(StoreError):
+        log.append(story(0)[1])
+    assert faulty.log[-4:] == ["create", "write", "close", "remove"]
+    assert list(faulty.names) == [FOLDER / "journal"]
+
+
 def test_after_a_failed_sync_a_sync_that_succeeds_is_not_believed(disk: Any, story: Any) -> None:
     """The file that failed is never synced again: what it lost, it would lose silently."""
     groups = story(0)
