@@ -15,6 +15,23 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "
 MAX_FRAMES = 2**24  # 32 TiB in frames of 2 MiB; the ledger keeps a byte for each
 
 
+class Tenant(Strict, frozen=True, kw_only=True):
+    """One tenant's share of the device, and its limits. None is no limit. Raises ConfigError."""
+
+    weight: float = 1.0  # twice the weight, twice the tokens, when there is not enough for all
+    max_processes: int | None = None  # live at once
+    max_tokens: int | None = None  # of prompts and answers, in the life of the kernel
+    max_pages: int | None = None  # of KV at once
+
+    def __post_init__(self) -> None:
+        if not 0.001 <= self.weight <= 1000:
+            raise ConfigError(f"weight of Tenant is {self.weight}; it must be from 0.001 to 1000")
+        for field in ("max_processes", "max_tokens", "max_pages"):
+            value = getattr(self, field)
+            if value is not None and value < 0:
+                raise ConfigError(f"{field} of Tenant is {value}; it must be 0 or more")
+
+
 class Config(Strict, frozen=True, kw_only=True):
     """How a kernel is built. Raises ConfigError for an unknown field or a value out of range."""
 
@@ -26,6 +43,15 @@ class Config(Strict, frozen=True, kw_only=True):
     batch_tokens: int = 512  # the most tokens of one forward pass; longer prompts go in chunks
     batch_size: int = 64  # the most processes of one forward pass
     queue_limit: int = 1024  # the most live processes; more are refused at once
+    queue_s: float | None = None  # refuse a request that has not run for the first time within so many seconds
+    prefix_cache: bool = True  # keep KV for prompts of the same tenant that begin alike
+    slice_s: float = 2.0  # models that do not fit together change after so long at the earliest
+    aging_s: float = 10.0  # whoever waits is served one class earlier after so long, and again
+    swap_host: int | str = 0  # host memory for KV that has to leave the device; 0 is none
+    swap_disk: int | str = 0  # the same on disk, in a file that vanishes with the process
+    swap_sealed: bool = False  # encrypt what is swapped to disk, with a key of this boot (needs `cryptography`)
+    tenants: dict[str, Tenant] = {}  # shares and limits; whoever is not named has weight 1 and no limits
+    state: Path | None = None  # directory of the journal: sessions continue after a crash; None keeps none
     threads: int | None = None  # compute threads of the cpu driver; None leaves torch's choice
     store: Path | None = None  # where pulled models live; None is the user's store
     plugins: tuple[str, ...] = ()  # third-party plugins to enable, by entry-point name
@@ -35,6 +61,12 @@ class Config(Strict, frozen=True, kw_only=True):
             value = getattr(self, field)
             if value is not None and not 1 <= value <= 2**24:
                 raise ConfigError(f"{field} is {value!r}; it must be from 1 to {2**24}")
+        for field in ("queue_s", "slice_s", "aging_s"):
+            seconds = getattr(self, field)
+            if seconds is not None and not 0 < seconds <= 1e9:
+                raise ConfigError(f"{field} is {seconds}; it must be more than 0 and at most 1e9 seconds")
+        for field in ("swap_host", "swap_disk"):
+            parse_bytes(field, getattr(self, field))
         if not 4096 <= self.frame_bytes <= 2**32:
             raise ConfigError(f"frame_size is {self.frame_size!r}; it must be from 4096 bytes to 4GiB")
         if self.memory is not None:

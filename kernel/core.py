@@ -1,28 +1,32 @@
 """The deterministic core: events in, actions out. No clock, no randomness, no threads, no files, no tensors (Rule 1).
 
     update(events)   what happened: processes come and go, operations complete, answers are delivered
-    schedule()       what is next: unload what was asked for, and keep one batch in flight
+    schedule()       what is next: deadlines, models to bring or to evict, and one batch in flight
 
 The same object runs in production and in simulation. `check()` holds after every step.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from llm_os.kernel import events as ev
-from llm_os.kernel.config import Config
-from llm_os.kernel.driver import Batch, Move, Row, RowError, Sampled
+from llm_os.kernel.accounting import Accounting
+from llm_os.kernel.config import Config, parse_bytes
+from llm_os.kernel.costs import Costs
+from llm_os.kernel.driver import Batch
 from llm_os.kernel.driver import Sequence as Rows
-from llm_os.kernel.errors import Closed, DriverError, Error, ModelError, ModelNotFound, Refused, RequestError, as_error
-from llm_os.kernel.flights import Flight, Flights
-from llm_os.kernel.memory import Memory
-from llm_os.kernel.page_table import PageTable
+from llm_os.kernel.errors import Closed, DriverError, Error, ModelError, ModelNotFound, Refused, StoreError, as_error
+from llm_os.kernel.faults import Faults
+from llm_os.kernel.flights import Flights
+from llm_os.kernel.memory import Memory, MemoryInfo
+from llm_os.kernel.outbox import Outbox
+from llm_os.kernel.pager import Pager
 from llm_os.kernel.process import Process, ProcessInfo, State
-from llm_os.kernel.request import Chunk, FinishReason
-from llm_os.kernel.residency import Model, Residency, Where
+from llm_os.kernel.processes import Processes
+from llm_os.kernel.residency import AWAY, Model, Residency, Where
 from llm_os.kernel.scheduler import Scheduler
+from llm_os.kernel.swap import Swap
 
 
 class Core:
@@ -32,20 +36,39 @@ class Core:
         self.config = config
         self.memory = Memory(budget, config.frame_bytes)
         self.flights = Flights()
-        self.residency = Residency(self.memory, self.flights, config.page_tokens)
-        self.scheduler = Scheduler(config.batch_tokens, config.batch_size)
-        self.processes: dict[int, Process] = {}  # in order of arrival
+        costs = Costs()
+        accounting = Accounting(config.tenants)
+        swap = Swap(parse_bytes("swap_host", config.swap_host), parse_bytes("swap_disk", config.swap_disk))
+        self.pager = Pager(self.memory, self.flights, costs, swap, config.prefix_cache)
+        self.residency = Residency(config, self.memory, self.flights, costs)
+        self.outbox = Outbox(self.flights, config.state is not None)
+        self.scheduler = Scheduler(config, self.pager, accounting, self._spare)
+        self.table = Processes(
+            config, self.flights, self.outbox, self.pager, self.residency, self.scheduler, accounting
+        )
+        self.faults = Faults(self.residency, self.scheduler, self.pager, self.memory, self.flights)
         self.halting = False
         self._now = 0.0
 
     @property
+    def processes(self) -> dict[int, Process]:
+        """Live ones, in order of arrival."""
+        return self.table.live
+
+    @property
     def halted(self) -> bool:
         """Nothing is left: the loop around the core may end."""
-        return self.halting and not self.flights and not self.residency.models
+        return self.halting and not self.flights and not self.outbox and not self.residency.models
+
+    @property
+    def wakeup(self) -> float | None:
+        """When `step` has to be called even if nothing happens until then."""
+        times = [time for time in (self.table.next_deadline, self.faults.wakeup) if time is not None]
+        return min(times, default=None)
 
     def step(self, now: float, events: Sequence[ev.Event]) -> list[ev.Action]:
         """One turn. `now` is in seconds and never goes back."""
-        self._now = now
+        self._now = self.flights.now = now
         self.update(events)
         self.schedule()
         return self.flights.drain()
@@ -53,298 +76,252 @@ class Core:
     # -- update: what happened ---------------------------------------------------------------------------------------
 
     def update(self, events: Sequence[ev.Event]) -> None:
+        table = self.table
         for event in events:
             match event:
+                case ev.Completed():
+                    self._completed(event)
                 case ev.Submit():
-                    self._submit(event)
+                    table.submit(event)
                 case ev.Fork():
-                    self._fork(event)
+                    table.fork(event)
+                case ev.Restore():
+                    table.restore(event)
+                case ev.Forget():
+                    table.forget(event)
                 case ev.Kill():
-                    self._kill(event)
+                    table.kill(event)
                 case ev.Renice():
-                    self._renice(event)
+                    table.renice(event)
+                case ev.Block():
+                    table.block(event)
+                case ev.Unblock():
+                    table.unblock(event)
                 case ev.LoadModel():
                     self._load_model(event)
                 case ev.UnloadModel():
                     self._unload_model(event)
+                case ev.Pin():
+                    self._pin(event)
                 case ev.Halt():
                     self._halt()
-                case ev.Completed():
-                    self._completed(event)
-
-    def _submit(self, event: ev.Submit) -> None:
-        if refusal := self._refusal():
-            self.flights.emit(ev.Deliver(event.pid, error=refusal))
-            return
-        request = event.request
-        seed = event.seed if request.sampling.seed is None else request.sampling.seed
-        process = self.processes[event.pid] = Process(event.pid, request, seed, self._now, nice=request.nice)
-        model = self.residency.open(request.model)
-        if model.where not in (Where.OPENING, Where.EVICTING) and not model.unload_tickets:
-            self._encode(process, model)
-
-    def _fork(self, event: ev.Fork) -> None:
-        parent = self.processes.get(event.parent)
-        refusal = self._refusal()
-        if parent is None or parent.table is None:
-            missing = f"process {event.parent} has ended or has not started; only a running process can fork"
-            refusal = RequestError(missing)
-        if refusal or parent is None:
-            self.flights.emit(ev.Deliver(event.pid, error=refusal))
-            return
-        child = Process(event.pid, parent.request, event.seed, self._now, parent.pid, parent.nice)
-        self.processes[event.pid] = child
-        parent.forks.append(child)
-        if parent.state is not State.RUNNING:
-            self._branch(parent)
-
-    def _branch(self, parent: Process) -> None:
-        """No operation writes the parent's pages now: its children may share them."""
-        children, parent.forks = parent.forks, []
-        for child in children:
-            if child.state is State.ENDED:
-                continue
-            if parent.state is State.ENDED:
-                self._fail(child, RequestError(f"process {parent.pid} ended before it could be forked"))
-            else:
-                parent.branch(child, self._now)
-
-    def _kill(self, event: ev.Kill) -> None:
-        if process := self.processes.get(event.pid):
-            self._end(process, "cancelled")
-        if event.ticket is not None:
-            self.flights.emit(ev.Reply(event.ticket))
-
-    def _renice(self, event: ev.Renice) -> None:
-        process = self.processes.get(event.pid)
-        if process is not None:
-            process.nice = event.nice
-        missing = None if process else RequestError(f"there is no process {event.pid}")
-        self.flights.emit(ev.Reply(event.ticket, missing))
 
     def _load_model(self, event: ev.LoadModel) -> None:
-        model = self.residency.open(event.model)
-        model.load_tickets.append(event.ticket)
-        if model.leaving:
+        if self.halting:
+            self._reply(event.ticket, Closed("the kernel is closed"))
             return
-        if model.where is Where.ON_DEVICE:
-            self.residency.loaded(model)
-        elif model.where is Where.ON_DISK:
-            self._load(model)
+        model = self.residency.open(event.model)
+        if event.prefetch:
+            model.prefetch = True
+            self._reply(event.ticket)
+        elif model.where is Where.ON_DEVICE and not model.leaving:
+            self._reply(event.ticket)
+        else:
+            model.load_tickets.append(event.ticket)
 
     def _unload_model(self, event: ev.UnloadModel) -> None:
         model = self.residency.models.get(event.model)
-        if model is None or (model.where is Where.ON_DISK and not model.used):
-            missing = ModelNotFound(f"{event.model} is not loaded; models() lists what is")
-            self.flights.emit(ev.Reply(event.ticket, missing))
-        elif live := len(self._processes_of(model)):
-            busy = f"{event.model} has {live} live processes; wait for them or kill them before you unload it"
-            self.flights.emit(ev.Reply(event.ticket, Refused(busy)))
+        if model is None or (self.residency.resting(model)):
+            self._reply(event.ticket, ModelNotFound(f"{event.model} is not loaded; models() lists what is"))
+        elif model.live:
+            busy = f"{event.model} has {model.live} live processes; wait for them or kill them before you unload it"
+            self._reply(event.ticket, Refused(busy))
         else:
             model.unload_tickets.append(event.ticket)
+            model.pinned = False
+
+    def _pin(self, event: ev.Pin) -> None:
+        model = self.residency.models.get(event.model)
+        if model is None:
+            self._reply(event.ticket, ModelNotFound(f"{event.model} is not open; load it first"))
+            return
+        model.pinned = event.pinned
+        self._reply(event.ticket)
+
+    def _reply(self, ticket: int, error: Exception | None = None) -> None:
+        self.flights.emit(ev.Reply(ticket, error))
 
     def _halt(self) -> None:
-        self.halting = True
+        self.halting = self.table.halting = True
         for process in list(self.processes.values()):
-            self._fail(process, Closed("the kernel was closed"))
+            self.table.fail(process, Closed("the kernel was closed"), keep=True)
 
     # -- operations that completed -----------------------------------------------------------------------------------
 
     def _completed(self, event: ev.Completed) -> None:
         flight = self.flights.land(event.operation)
-        match flight.operation:
+        if flight is None:  # a driver that completes an operation twice
+            return
+        operation = flight.operation
+        match operation:
             case ev.Open(_, name):
                 self._opened(self.residency.models[name], event)
             case ev.Encode():
-                self._encoded(flight.processes[0], event)
+                self.table.encoded(flight.processes[0], event)
             case ev.Load(_, name):
-                self._loaded(self.residency.models[name], event)
+                self._loaded(self.residency.models[name], event, self._now - flight.started)
             case ev.Unload(_, name):
-                self._gone(self.residency.models[name], event.error)
-            case ev.Copy():
-                self._copied(flight.processes[0], event)
+                self._unloaded(self.residency.models[name], event)
+            case ev.Release(_, name):
+                self._released(self.residency.models[name], event)
+            case ev.Prefetch(_, name):
+                model = self.residency.models[name]
+                if event.error is None and model.where is Where.ON_DISK:
+                    model.where = Where.IN_HOST
+            case ev.Copy() | ev.SwapOut() | ev.SwapIn() | ev.Demote():
+                lost = self.pager.landed(flight, event)
+                if lost:
+                    for process in self.processes.values():
+                        self.pager.truncate(process, lost)
+                if isinstance(operation, ev.Copy):
+                    self._copied(operation, flight.places, flight.processes, event)
+            case ev.Journal():
+                if event.error is None:
+                    self.outbox.written()
+                else:
+                    self._unwritten(operation, as_error(event.error, StoreError))
             case ev.Run():
-                self._ran(flight, flight.operation, event)
+                self.table.ran(operation.batch, flight.processes, event, self._now - flight.started)
+        for process in flight.processes:
+            self.table.landed(process)
 
     def _opened(self, model: Model, event: ev.Completed) -> None:
-        if event.error is not None:
-            self._fail_model(model, as_error(event.error, ModelNotFound))
+        if event.error is not None or not isinstance(event.result, ev.Opened):
+            error = event.error or ModelError(f"opening {model.name} gave {type(event.result).__name__}, no image")
+            self._fail_model(model, as_error(error, ModelNotFound))
             return
-        self.residency.opened(model, event.result)
-        if model.leaving or self.halting:
-            return
-        for process in self._processes_of(model):
-            self._encode(process, model)
-        if model.load_tickets:
-            self._load(model)
-
-    def _encode(self, process: Process, model: Model) -> None:
-        assert model.image is not None
-        process.image = model.image
-        self.flights.start(ev.Encode(self.flights.next_id(), model.image, process.request), (process,))
-
-    def _encoded(self, process: Process, event: ev.Completed) -> None:
-        if process.state is State.ENDED:
-            return
-        if event.error is not None:
-            self._fail(process, as_error(event.error, RequestError))
-            return
+        before = model.slab
         try:
-            process.admit(event.result)
-        except Exception as error:  # the image is a plugin's code
-            self._fail(process, as_error(error, RequestError))
-            return
-        model = self.residency.models[process.request.model]
-        if model.where is Where.ON_DEVICE:
-            self._make_ready(process, model)
-        else:
-            process.state, process.faulted = State.LOADING, self._now
-            if model.where is Where.ON_DISK:
-                self._load(model)
-
-    def _load(self, model: Model) -> None:
-        try:
-            self.residency.load(model)
+            changed = self.residency.opened(model, event.result)
         except Error as error:
             self._fail_model(model, error)
+            return
+        if changed and before is not None:
+            self.pager.forget(before)
+            if model.kv_on_device:
+                self.residency.release_kv(model)
+        if not model.leaving and not self.halting:
+            self.table.opened(model)
 
-    def _loaded(self, model: Model, event: ev.Completed) -> None:
+    def _loaded(self, model: Model, event: ev.Completed, seconds: float) -> None:
         if event.error is not None:
+            self.residency.not_loaded(model)
             self._fail_model(model, as_error(event.error, DriverError))
             return
-        self.residency.loaded(model)
-        for process in self._processes_of(model):
-            if process.state is State.LOADING:
-                self._make_ready(process, model)
+        self.residency.loaded(model, seconds)
 
-    def _make_ready(self, process: Process, model: Model) -> None:
-        """Admission to the run queue: refuse what could never get the pages that it asks for."""
-        assert model.slab is not None
-        try:
-            model.check_room(self.memory, process.prompt_tokens, process.request.sampling.max_tokens or 1)
-        except Refused as refusal:
-            self._fail(process, refusal)
-            return
-        process.table = PageTable(model.slab)
-        process.state, process.admitted = State.READY, self._now
-
-    def _copied(self, process: Process, event: ev.Completed) -> None:
-        if process.state is State.ENDED:
-            return
-        process.state = State.READY
+    def _unloaded(self, model: Model, event: ev.Completed) -> None:
+        self.residency.evicted(model)
         if event.error is not None:
-            self._fail(process, as_error(event.error, DriverError))
-        self._branch(process)
+            self._fail_model(model, as_error(event.error, DriverError))
 
-    def _ran(self, flight: Flight, operation: ev.Run, event: ev.Completed) -> None:
-        rows: Sequence[Row] = event.result or ()
-        error = event.error
-        if error is None and len(rows) != len(flight.processes):
-            error = DriverError(f"the driver answered {len(rows)} rows to a batch of {len(flight.processes)}")
-        for index, (process, fed) in enumerate(zip(flight.processes, operation.batch.sequences, strict=True)):
-            if process.state is State.ENDED:
-                continue
-            process.state = State.READY
-            if error is not None:
-                self._fail(process, as_error(error, DriverError))
-                continue
-            process.computed += len(fed.tokens)
-            if fed.sample is not None:
-                self._advance(process, rows[index])
-            self._branch(process)
+    def _released(self, model: Model, event: ev.Completed) -> None:
+        self.residency.released(model)
+        if event.error is not None:
+            self._fail_model(model, as_error(event.error, DriverError))
 
-    def _advance(self, process: Process, row: Row) -> None:
-        """One more token of an answer, or the end of it."""
-        if not isinstance(row, Sampled):
-            message = row.message if isinstance(row, RowError) else "the driver gave no token for a row"
-            self._fail(process, DriverError(message))
+    def _copied(
+        self, copy: ev.Copy, places: tuple[int, ...], processes: tuple[Process, ...], event: ev.Completed
+    ) -> None:
+        if not places:  # copy on write
+            if event.error is not None:
+                for process in processes:
+                    self.table.fail(process, as_error(event.error, DriverError))
             return
-        try:
-            chunk = process.append(row, self._now)
-        except Exception as error:  # the image's decoder is a plugin's code: it may fail its process, not the kernel
-            self._fail(process, as_error(error, ModelError))
-            return
-        if chunk.finish_reason is None:
-            self.flights.emit(ev.Deliver(process.pid, chunk))
-        else:
-            self._end(process, chunk.finish_reason, chunk)
+        for model in self.residency.models.values():
+            if model.where is Where.LOADING and not self.flights.busy(model.name):
+                if event.error is None:
+                    self.residency.load_if_clear(model)
+                elif not self.memory.clear(model.name):
+                    self.residency.not_loaded(model)
+                    self._fail_model(model, as_error(event.error, DriverError))
 
-    def _gone(self, model: Model, error: BaseException | None = None) -> None:
-        """The model is off the device, or the device failed at it."""
-        if error is not None:
-            self.residency.forget(model, as_error(error, DriverError))
-        elif self.halting:
-            self.residency.forget(model)
-        else:
-            self.residency.rest(model)
-        if self.halting:
-            for ticket in model.load_tickets:
-                self.flights.emit(ev.Reply(ticket, Closed("the kernel was closed")))
-        elif model.load_tickets or self._processes_of(model):  # they came on its way out: begin again
-            self.residency.open(model.name).load_tickets = model.load_tickets
-
-    # -- ends --------------------------------------------------------------------------------------------------------
-
-    def _end(self, process: Process, reason: FinishReason, last: Chunk | None = None) -> None:
-        """The process has its answer, or as much of it as there will be."""
-        self._remove(process)
-        last = last or Chunk(text=process.flush(), finish_reason=reason)
-        self.flights.emit(ev.Deliver(process.pid, last, process.completion(reason, self._now)))
-
-    def _fail(self, process: Process, error: Exception) -> None:
-        self._remove(process)
-        self.flights.emit(ev.Deliver(process.pid, error=error))
-
-    def _remove(self, process: Process) -> None:
-        del self.processes[process.pid]
-        process.state = State.ENDED
-        if process.table is not None:
-            process.table.release()
-        self._branch(process)
+    def _unwritten(self, journal: ev.Journal, error: Error) -> None:
+        """Records may be lost: who depends on them is told so, and ends."""
+        for pid in sorted(self.outbox.failed(journal.records, error)):
+            if process := self.processes.get(pid):
+                self.table.remove(process)
 
     def _fail_model(self, model: Model, error: Exception) -> None:
         """The model cannot be had: tell all who wait for it."""
-        self.residency.forget(model, error)
-        for process in self._processes_of(model):
-            self._fail(process, error)
+        model.failure = error
+        for ticket in (*model.load_tickets, *model.unload_tickets):
+            self._reply(ticket, error)
+        model.load_tickets.clear()
+        model.unload_tickets.clear()
+        for process in self.table.of(model):
+            self.table.fail(process, error)
 
     # -- schedule: what is next --------------------------------------------------------------------------------------
 
     def schedule(self) -> None:
-        busy = self.flights.models
+        self.table.expire(self._now)
         for model in list(self.residency.models.values()):
-            if (self.halting or model.leaving) and model.name not in busy:
-                if model.where is Where.ON_DEVICE:
-                    self.residency.evict(model)
-                else:
-                    self._gone(model)
-        while not self.flights.running and self._take_turn():
-            pass
+            self._tidy(model)
+        self.pager.demote()
+        before = None
+        if not self.halting:
+            before = self.faults.serve(self._now, self.processes.values, self._fail_model)
+        if not self.flights.flying(ev.Run):
+            self._run_next(before)
+        self.outbox.flush()
 
-    def _take_turn(self) -> bool:
-        """Start a batch of the first model that has one. True if a process was starved instead: its memory is free now,
-        and somebody else may have waited for just that."""
-        for model in self.scheduler.ranked(self.residency.models.values(), self.processes.values()):
-            turn = self.scheduler.plan(model, list(self.processes.values()))
-            for process, move in turn.copies:
-                self._copy(process, model, move)
-            if turn.batch:
-                self._run(model, turn.batch)
-                return False
-            if turn.starved is not None and not self.flights.hold_pages:
-                self._starve(turn.starved)
-                return True
-        return False
+    def _tidy(self, model: Model) -> None:
+        """One step of a model that leaves, or whose KV nobody wants any more."""
+        if self.flights.busy(model.name):
+            return
+        leaving = model.leaving or self.halting
+        if leaving and model.slab is not None and len(self.pager.cache):
+            self.pager.forget(model.slab)
+        if model.where is Where.ON_DEVICE and leaving:
+            self.residency.evict(model)
+        elif model.where in AWAY and model.kv_on_device and not self.memory.slabs[model.name].used:
+            if leaving or not model.live:
+                self.residency.release_kv(model)
+        elif model.where in (*AWAY, Where.OPENING) and not model.kv_on_device and not self.flights.concern(model.name):
+            self._at_rest(model)
+        elif model.prefetch and model.where is Where.ON_DISK:
+            self.residency.fetch(model)
 
-    def _copy(self, process: Process, model: Model, move: Move) -> None:
-        assert model.slab is not None
-        process.state = State.RUNNING
-        model.slab.retain((move.target,))
-        copy = ev.Copy(self.flights.next_id(), model.name, (move,))
-        self.flights.start(copy, (process,), model.slab, (move.source, move.target))
+    def _at_rest(self, model: Model) -> None:
+        """Nothing of it is on the device, and nothing is in flight for it."""
+        waited_for = bool(model.load_tickets or model.live)
+        if self.halting:
+            for ticket in model.load_tickets:
+                self._reply(ticket, Closed("the kernel was closed"))
+            for ticket in model.unload_tickets:
+                self._reply(ticket)
+            self.residency.forget(model)
+        elif model.failure is not None:
+            self.residency.forget(model)
+        elif model.unload_tickets:
+            self.residency.rest(model)
+            if waited_for:  # they came on its way out
+                self.residency.look_again(model)
+        elif model.prefetch:
+            self.residency.fetch(model)
+        elif not waited_for:
+            self.residency.rest(model)
+
+    def _run_next(self, before: tuple[int, float, int] | None) -> None:
+        """Start a batch of the model whose turn it is, if any has one."""
+        models = [m for m in self.residency.models.values() if m.where is Where.ON_DEVICE and not m.draining]
+        if self.halting:
+            models = []
+        short = self.scheduler.admit(models, self._now, before)
+        if short is not None and not self.scheduler.running:
+            self._starved(short)
+            return
+        for model in self.scheduler.ranked(models):
+            batch, starved = self.scheduler.plan(model, self._now)
+            if batch:
+                self._run(model, batch)
+                return
+            if starved is not None:
+                self._starved(starved)
+                return
 
     def _run(self, model: Model, batch: list[tuple[Process, int]]) -> None:
-        assert model.slab is not None
         sequences = []
         for process, count in batch:
             assert process.table is not None
@@ -356,51 +333,50 @@ class Core:
                     salt=process.salt,
                     tokens=tuple(process.tokens[position : position + count]),
                     position=position,
-                    pages=tuple(process.table.pages),
+                    pages=process.table.numbers(),
                     sample=process.sample() if count == process.remaining else None,
                 )
             )
-        pages = tuple(page for sequence in sequences for page in sequence.pages)
-        model.slab.retain(pages)
+            if process.admitted is None:
+                process.admitted = self._now
         model.last_run = self.flights.next_id()
         run = ev.Run(model.last_run, Batch(model=model.name, sequences=tuple(sequences)))
-        self.flights.start(run, tuple(process for process, _ in batch), model.slab, pages)
+        self.flights.start(run, tuple(process for process, _ in batch))
 
-    def _starve(self, process: Process) -> None:
-        """It is alone and memory is full. An open-ended answer ends here; a promised length cannot be kept."""
-        if process.request.sampling.max_tokens is None and process.output:
-            self._end(process, "length")
+    def _starved(self, process: Process) -> None:
+        """No other process has memory to give. Other models have, or what is in flight; if not, memory is full: an
+        open-ended answer ends here, a promised length cannot be kept."""
+        moving = (ev.Copy, ev.SwapOut, ev.SwapIn, ev.Load, ev.Unload, ev.Release)
+        if self.flights.flying(*moving) or self.faults.displace_any(process, self._now):
+            return
+        if process.request.sampling.max_tokens is None and process.generated:
+            self.table.end(process, "length")
         else:
             full = (
                 f"memory is full after {len(process.tokens)} tokens; lower max_tokens, unload a model or raise memory"
             )
-            self._fail(process, Refused(full))
+            self.table.fail(process, Refused(full))
+
+    def _spare(self, model: Model) -> bool:
+        """Start to evict an idle model other than this one, or wait for one that is on its way."""
+        if self.flights.flying(ev.Unload, ev.Release):
+            return True
+        idle = self.residency.idle()
+        if idle is None or idle is model:
+            return False
+        self.residency.evict(idle)
+        return True
 
     # -- bookkeeping -------------------------------------------------------------------------------------------------
 
     def ps(self) -> list[ProcessInfo]:
-        return [process.info(self._now) for process in self.processes.values()]
+        return self.table.infos(self._now)
+
+    def memory_info(self) -> MemoryInfo:
+        return self.residency.memory_info(self.pager.swap)
 
     def check(self) -> None:
         """The invariants of the ledger and the process table. Raises AssertionError."""
-        references: dict[str, Counter[int]] = {}
-        for process in self.processes.values():
-            if process.table is not None:
-                references.setdefault(process.request.model, Counter()).update(process.table.pages)
-                assert process.computed <= len(process.table.pages) * process.table.slab.page_tokens
-            assert process.state is not State.ENDED and process.computed < max(1, len(process.tokens))
-        self.flights.check(references)
-        self.memory.check(references)
-
-    def _refusal(self) -> Error | None:
-        """Why no process can be added now."""
-        if self.halting:
-            return Closed("the kernel is closed")
-        if len(self.processes) >= self.config.queue_limit:
-            return Refused(
-                f"{len(self.processes)} processes are live, the most that queue_limit allows; try again later"
-            )
-        return None
-
-    def _processes_of(self, model: Model) -> list[Process]:
-        return [process for process in self.processes.values() if process.request.model == model.name]
+        self.memory.check()
+        self.residency.check()
+        self.table.check()

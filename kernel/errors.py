@@ -29,7 +29,14 @@ class RequestError(Error):
 
 
 class Refused(RequestError):
-    """The request is sound but is not admitted now; the message says what would have to change."""
+    """The request is sound but is not admitted now; the message says what would have to change.
+
+    `retry_after_s` is when there may be room again, if that is known.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ModelError(Error):

@@ -1,56 +1,85 @@
-"""Operations in flight, and the pages that each one names: the fence that keeps a page from being reused too early."""
+"""Operations in flight, whom and what each names: the fence that keeps a page where it is until it has landed.
+
+A process in flight keeps its page table, even if it has ended meanwhile, so no page of a batch is freed under it. A
+copy or swap also holds the pages that it names, and marks them busy: they are neither moved nor written until then.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from msgspec import Struct
 
 from llm_os.kernel import events as ev
-from llm_os.kernel.memory import Slab
+from llm_os.kernel.memory import Page
 from llm_os.kernel.process import Process
 
 
 class Flight(Struct, frozen=True):
-    """One operation, whom it concerns, and the pages that it holds a reference to."""
+    """One operation, since when it flies, whom it concerns, and the pages that it holds."""
 
     operation: ev.Operation
+    started: float
     processes: tuple[Process, ...] = ()
-    slab: Slab | None = None
-    pages: tuple[int, ...] = ()
+    pages: tuple[Page, ...] = ()
+    places: tuple[int, ...] = ()  # of a move: where each page will be
 
 
 class Flights:
     """Starts operations and lands them; collects the actions of a step."""
 
     def __init__(self) -> None:
+        self.now = 0.0
         self._flying: dict[int, Flight] = {}
-        self._count = 0
+        self._kinds: Counter[type] = Counter()
+        self._models: Counter[str] = Counter()
+        self._busy: Counter[str] = Counter()
+        self._last = 0
         self._actions: list[ev.Action] = []
 
     def __len__(self) -> int:
         return len(self._flying)
 
     def next_id(self) -> int:
-        self._count += 1
-        return self._count
+        self._last += 1
+        return self._last
 
     def start(
         self,
         operation: ev.Operation,
         processes: tuple[Process, ...] = (),
-        slab: Slab | None = None,
-        pages: tuple[int, ...] = (),
+        pages: tuple[Page, ...] = (),
+        places: tuple[int, ...] = (),
     ) -> None:
-        """Emit an operation. The references to `pages`, already counted, pass to the flight."""
-        self._flying[operation.id] = Flight(operation, processes, slab, pages)
+        self._flying[operation.id] = Flight(operation, self.now, processes, pages, places)
+        self._kinds[type(operation)] += 1
+        self._models[_model_of(operation)] += 1
+        if isinstance(operation, _BUSY):
+            self._busy[_model_of(operation)] += 1
+        for process in processes:
+            process.flights += 1
+        for page in pages:
+            page.slab.hold(page)
+            page.busy += 1
         self.emit(operation)
 
-    def land(self, operation: int) -> Flight:
-        """The operation has completed: its pages are released."""
-        flight = self._flying.pop(operation)
-        if flight.slab is not None:
-            flight.slab.release(flight.pages)
+    def land(self, operation: int) -> Flight | None:
+        """The operation has completed. Its pages are still held: the caller lets go of them. None if it had already."""
+        flight = self._flying.pop(operation, None)
+        if flight is None:
+            return None
+        self._kinds[type(flight.operation)] -= 1
+        model = _model_of(flight.operation)
+        self._models[model] -= 1
+        if isinstance(flight.operation, _BUSY):
+            self._busy[model] -= 1
+        if not self._models[model]:
+            del self._models[model], self._busy[model]
+        for process in flight.processes:
+            process.flights -= 1
+        for page in flight.pages:
+            page.busy -= 1
         return flight
 
     def emit(self, action: ev.Action) -> None:
@@ -60,32 +89,23 @@ class Flights:
         actions, self._actions = self._actions, []
         return actions
 
-    @property
-    def running(self) -> bool:
-        """Whether a batch is in flight."""
-        return any(isinstance(flight.operation, ev.Run) for flight in self._flying.values())
+    def flying(self, *kinds: type) -> bool:
+        """Whether an operation of one of these kinds is in flight."""
+        return any(self._kinds[kind] for kind in kinds)
 
-    @property
-    def hold_pages(self) -> bool:
-        return any(flight.pages for flight in self._flying.values())
+    def concern(self, model: str) -> bool:
+        """Whether an operation in flight names the model."""
+        return model in self._models
 
-    @property
-    def models(self) -> set[str]:
-        """Models that an operation in flight concerns."""
-        return {_model_of(flight.operation) for flight in self._flying.values()}
+    def busy(self, model: str) -> bool:
+        """Whether an operation in flight needs the model's weights where they are, or moves them."""
+        return self._busy.get(model, 0) > 0
 
-    def check(self, references: dict[str, Counter[int]]) -> None:
-        """No page that a batch writes is mapped twice. Adds the flights' own pages to `references` of the tables."""
-        for flight in self._flying.values():
-            if isinstance(flight.operation, ev.Run) and flight.slab is not None:
-                batch = flight.operation.batch
-                mapped = references.get(batch.model, Counter())
-                for rows in batch.sequences:
-                    for page in rows.pages[rows.position // flight.slab.page_tokens :]:
-                        assert mapped[page] <= 1, "a shared page is being written"
-        for flight in self._flying.values():
-            if flight.pages:
-                references.setdefault(_model_of(flight.operation), Counter()).update(flight.pages)
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(self._flying.values())
+
+
+_BUSY = (ev.Run, ev.Load, ev.Unload, ev.Release)
 
 
 def _model_of(operation: ev.Operation) -> str:
@@ -94,5 +114,7 @@ def _model_of(operation: ev.Operation) -> str:
             return operation.batch.model
         case ev.Encode():
             return operation.request.model
+        case ev.Journal():
+            return ""
         case _:
             return operation.model

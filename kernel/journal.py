@@ -49,18 +49,27 @@ class Done(Struct, frozen=True, array_like=True, tag=3):
     pid: int
 
 
-Record = Began | Took | Given | Done
+class Blocked(Struct, frozen=True, array_like=True, tag=4):
+    """It stopped, until it is given something."""
+
+    pid: int
+
+
+Record = Began | Took | Given | Done | Blocked
 
 
 class Session(Struct, frozen=True):
     """A process that had not ended: how it began, and what it took and was given, in order."""
 
     began: Began
-    since: tuple[Took | Given, ...] = ()
+    since: tuple[Took | Given | Blocked, ...] = ()
 
 
 class Log(Protocol):
-    """Where records go. One writer."""
+    """Where records go. One writer, one call at a time."""
+
+    sessions: dict[int, Session]  # those that had not ended when it was opened
+    last_pid: int  # the greatest that it has ever seen
 
     def append(self, records: Sequence[Record]) -> None:
         """Returns once the records are durable. Raises StoreError if they may not be; they are then not in the log."""
@@ -72,12 +81,12 @@ class Log(Protocol):
 def replay(records: Iterable[Record]) -> dict[int, Session]:
     """The sessions that had not ended, by pid. Records of a pid that never began are passed over."""
     began: dict[int, Began] = {}
-    since: dict[int, list[Took | Given]] = {}
+    since: dict[int, list[Took | Given | Blocked]] = {}
     for record in records:
         match record:
             case Began(pid):
                 began[pid], since[pid] = record, []
-            case Took(pid) | Given(pid) if pid in began:
+            case Took(pid) | Given(pid) | Blocked(pid) if pid in began:
                 since[pid].append(record)
             case Done(pid):
                 began.pop(pid, None)

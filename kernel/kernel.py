@@ -1,6 +1,6 @@
 """The core in its surroundings: one thread that decides, acts and waits, and the calls that reach it from outside.
 
-    any thread ──events──> inbox ──> core.step ──actions──> perform ──> driver, host workers, mailboxes
+    any thread ──events──> inbox ──> core.step ──actions──> perform ──> driver, host workers, disk, mailboxes
                              ^                                              │
                              └───────────── completions ────────────────────┘
 
@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
@@ -27,6 +27,7 @@ from msgspec import structs
 from llm_os.kernel import events as ev
 from llm_os.kernel.config import Config, show_bytes
 from llm_os.kernel.core import Core
+from llm_os.kernel.disk import Disk
 from llm_os.kernel.driver import Driver
 from llm_os.kernel.errors import Closed, ConfigError, DriverError, RequestError
 from llm_os.kernel.image import Image
@@ -43,13 +44,15 @@ T = TypeVar("T")
 class _Loop:
     """What the kernel's thread owns. It does not know the Kernel, so a forgotten Kernel can be collected."""
 
-    def __init__(self, core: Core, driver: Driver, plugins: Plugins) -> None:
+    def __init__(self, core: Core, driver: Driver, plugins: Plugins, disk: Disk) -> None:
         self.core = core
         self.driver = driver
         self.plugins = plugins
+        self.disk = disk
         self.turn = threading.Lock()  # held while the core steps: snapshots see it between two turns
-        self.inbox: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[ev.Event | Callable[[], None]] = queue.SimpleQueue()
         self.mailboxes: dict[int, Mailbox] = {}
+        self.unclaimed: dict[int, Mailbox] = {}  # of sessions of an earlier life that nobody has attached to
         self.tickets: dict[int, Future[None]] = {}
         self.host = ThreadPoolExecutor(2, thread_name_prefix="llm-os-host")
         self.gate = threading.Lock()  # guards `closed` against the mailboxes and tickets that are about to be added
@@ -73,12 +76,25 @@ class _Loop:
             try:
                 self.driver.close()
             finally:
+                self.disk.close()
                 self.ended.set_result(None)
 
     def receive_all(self) -> list[ev.Event]:
-        events = [self.inbox.get()]
+        """What has happened since; waits for it, until the core wants to be woken. Calls that other threads have left
+        for this one are made."""
+        events: list[ev.Event] = []
+        wakeup = self.core.wakeup
+        try:
+            items = [self.inbox.get(timeout=None if wakeup is None else max(0.0, wakeup - time.monotonic()))]
+        except queue.Empty:
+            return events
         while not self.inbox.empty():
-            events.append(self.inbox.get())
+            items.append(self.inbox.get())
+        for item in items:
+            if isinstance(item, ev.Event):
+                events.append(item)
+            else:
+                item()
         return events
 
     def perform(self, actions: list[ev.Action]) -> None:
@@ -93,8 +109,8 @@ class _Loop:
                     _settle(self.tickets.pop(ticket), error)
                 case ev.Close(image):
                     self.release(image)
-                case ev.Discard():
-                    raise NotImplementedError  # slice by slice: nothing swaps yet
+                case ev.Discard(slots):
+                    self.disk.discard(slots)
                 case _:
                     self.operate(action)
 
@@ -110,6 +126,18 @@ class _Loop:
                     future = self.driver.load(model, image, placement)
                 case ev.Unload(_, model):
                     future = self.driver.unload(model)
+                case ev.Release(_, model):
+                    future = self.driver.release(model)
+                case ev.Prefetch(_, model, image):
+                    future = self.driver.prefetch(model, image)
+                case ev.SwapOut(_, model, pages, slots, tier):
+                    future = self.disk.put(self.driver.swap_out(model, pages), slots, tier)
+                case ev.SwapIn(_, model, slots, pages):
+                    future = self.swap_in(model, slots, pages)
+                case ev.Demote(_, _, slots):
+                    future = self.disk.demote(slots)
+                case ev.Journal(_, records):
+                    future = self.disk.append(records)
                 case ev.Run(_, batch):
                     future = self.driver.run(batch)
                 case ev.Copy(_, model, moves):
@@ -122,6 +150,29 @@ class _Loop:
     def complete(self, operation: int, future: Future[Any]) -> None:
         error = DriverError("the operation was cancelled") if future.cancelled() else future.exception()
         self.inbox.put(ev.Completed(operation, None if error else future.result(), error))
+
+    def swap_in(self, model: str, slots: tuple[int, ...], pages: tuple[int, ...]) -> Future[tuple[bool, ...]]:
+        """Read the slots, then write the sound ones into their pages."""
+        done: Future[tuple[bool, ...]] = Future()
+
+        def write(contents: list[bytes | None]) -> None:
+            """In the kernel's thread, as every call of the driver."""
+            good = [(page, content) for page, content in zip(pages, contents, strict=True) if content is not None]
+            try:
+                written = self.driver.swap_in(model, tuple(page for page, _ in good), tuple(c for _, c in good))
+            except Exception as error:
+                done.set_exception(error)
+                return
+            _then(written, done, lambda _: tuple(content is not None for content in contents))
+
+        def read(future: Future[list[bytes | None]]) -> None:
+            if (error := future.exception()) is not None:
+                done.set_exception(error)
+            else:
+                self.inbox.put(partial(write, future.result()))
+
+        self.disk.get(slots).add_done_callback(read)
+        return done
 
     def open(self, model: str, last: Image | None) -> ev.Opened:
         image = last if last is not None and last.fresh() else self.plugins.open_image(model)
@@ -167,13 +218,19 @@ class Kernel:
         config = config or Config()
         plugins = Plugins(config)
         driver = plugins.open_driver()
+        disk = None
         try:
             core = Core(config, _budget(config, driver))
+            disk = Disk(config, plugins)
         except BaseException:
             driver.close()
             raise
-        self._loop = _Loop(core, driver, plugins)
-        self._ids = itertools.count(1)
+        self._loop = _Loop(core, driver, plugins, disk)
+        self._ids = itertools.count(disk.last_pid + 1)
+        self.recovered = tuple(disk.sessions)  # pids of sessions of an earlier life, which go on
+        for pid, session in disk.sessions.items():
+            self._loop.mailboxes[pid] = self._loop.unclaimed[pid] = Mailbox()
+            self._loop.inbox.put(ev.Restore(pid, session))
         self._thread = threading.Thread(target=self._loop.run, name="llm-os-kernel", daemon=True)
         self._halt = weakref.finalize(self, _halt, self._loop, self._thread)
         self._thread.start()
@@ -183,12 +240,32 @@ class Kernel:
     def stream(self, request: Request) -> Stream:
         """Start a process and return its stream; the model is loaded if it is not there. Returns at once."""
         _check_type("request", request, Request)
-        return self._spawn(lambda pid: ev.Submit(pid, request, int.from_bytes(os.urandom(8), "little")))
+        return self._spawn(lambda pid: ev.Submit(pid, request, _draw()))
 
     def fork(self, pid: int) -> Stream:
         """A second answer that continues from where process `pid` is now, sharing its pages, with a new seed."""
         _check_type("pid", pid, int)
-        return self._spawn(lambda child: ev.Fork(child, pid, int.from_bytes(os.urandom(8), "little")))
+        return self._spawn(lambda child: ev.Fork(child, pid, _draw()))
+
+    def samples(self, request: Request, count: int) -> list[Stream]:
+        """Several answers to one request, each with its own seed, counting up from the request's if it has one. The
+        prompt is computed once, its pages are shared."""
+        _check_type("count", count, int)
+        if not 1 <= count <= 1024:
+            raise RequestError(f"count is {count}; it must be from 1 to 1024")
+        first = self.stream(request)
+        seed, pid = request.sampling.seed, first.pid
+        seeds = [_draw() if seed is None else (seed + index) % 2**64 for index in range(1, count)]
+        return [first, *(self._spawn(partial(_sibling, pid, seed)) for seed in seeds)]
+
+    def attach(self, pid: int) -> Stream:
+        """The stream of a session of an earlier life (`recovered`), from its first token on. Raises RequestError for
+        any other pid, and for one that has been attached to."""
+        _check_type("pid", pid, int)
+        mailbox = self._loop.unclaimed.pop(pid, None)
+        if mailbox is None:
+            raise RequestError(f"there is no unattached session {pid}; recovered are {list(self._loop.unclaimed)}")
+        return self._stream(pid, mailbox)
 
     async def generate(self, request: Request) -> Completion:
         """The whole answer. Raises RequestError, ModelError or DriverError. Cancelling the call ends the process."""
@@ -198,6 +275,22 @@ class Kernel:
         """End a process; its stream gets a last chunk with finish_reason "cancelled". No error if it has ended."""
         _check_type("pid", pid, int)
         await _wait(self._ask(lambda ticket: ev.Kill(pid, ticket)))
+
+    async def block(self, pid: int, expected_s: float | None = None) -> None:
+        """Stop a process before its next token, until `unblock`: it waits for a tool. Returns when it has stopped.
+
+        Its KV stays, unless room is needed: then it is swapped, or dropped and computed again later, whichever is
+        quicker; those that will wait longest go first (`expected_s`, seconds). The answer does not depend on it.
+        Raises RequestError if it has ended, or ends before it could stop.
+        """
+        _check_type("pid", pid, int)
+        await _wait(self._ask(lambda ticket: ev.Block(ticket, pid, expected_s)))
+
+    async def unblock(self, pid: int, tokens: Sequence[int] = ()) -> None:
+        """Let a blocked process go on, after `tokens` (ids): what the tool said, as part of its context. They count as
+        neither prompt nor answer. Raises RequestError if it is not blocked, or if they do not fit its context."""
+        _check_type("pid", pid, int)
+        await _wait(self._ask(lambda ticket: ev.Unblock(ticket, pid, tuple(tokens))))
 
     def nice(self, pid: int, nice: int) -> None:
         """Change the class of a process: -20 is served first, 19 last. Blocks for one turn. Raises RequestError."""
@@ -209,13 +302,28 @@ class Kernel:
 
     # -- models ------------------------------------------------------------------------------------------------------
 
-    async def load(self, model: str) -> None:
-        """Bring a model to the device. Raises ModelError, Refused (with the bytes needed and free) or DriverError."""
+    async def load(self, model: str, *, pin: bool = False) -> None:
+        """Bring a model to the device, evicting others if it must; a pinned one stays until `unload` or `unpin`.
+
+        Raises ModelError, Refused (with the bytes needed and free) or DriverError."""
         _check_type("model", model, str)
         await _wait(self._ask(lambda ticket: ev.LoadModel(ticket, model)))
+        if pin:
+            await _wait(self._ask(lambda ticket: ev.Pin(ticket, model, True)))
+
+    async def unpin(self, model: str) -> None:
+        """Let others take the place of a pinned model again. Raises ModelNotFound."""
+        _check_type("model", model, str)
+        await _wait(self._ask(lambda ticket: ev.Pin(ticket, model, False)))
+
+    async def prefetch(self, model: str) -> None:
+        """Bring a model near, into host memory, so that its load will be quick. Returns when that has begun."""
+        _check_type("model", model, str)
+        await _wait(self._ask(lambda ticket: ev.LoadModel(ticket, model, prefetch=True)))
 
     async def unload(self, model: str) -> None:
-        """Give back a model's memory. Raises ModelNotFound, or Refused while processes use it."""
+        """Give back a model's memory: its weights, and the KV that is cached for it. Raises ModelNotFound, or Refused
+        while processes use it."""
         _check_type("model", model, str)
         await _wait(self._ask(lambda ticket: ev.UnloadModel(ticket, model)))
 
@@ -230,7 +338,7 @@ class Kernel:
         """The ledger, in bytes, and beside it what the driver says that it has allocated."""
         device = self._loop.driver.memory()
         with self._loop.turn:
-            return structs.replace(self._loop.core.residency.memory_info(), driver=device.weights + device.kv)
+            return structs.replace(self._loop.core.memory_info(), driver=device.weights + device.kv)
 
     def models(self) -> list[ModelInfo]:
         """Models that are open, on their way, or on the device."""
@@ -270,7 +378,10 @@ class Kernel:
                 self._loop.inbox.put(submit(pid))
             else:
                 mailbox.put(ev.Deliver(pid, error=Closed(self._loop.closed)))
-        return Stream(pid, mailbox, partial(_forget, self._loop, pid))
+        return self._stream(pid, mailbox)
+
+    def _stream(self, pid: int, mailbox: Mailbox) -> Stream:
+        return Stream(pid, mailbox, partial(_forget, self._loop, pid), partial(_acknowledge, self._loop, pid))
 
     def _ask(self, question: Callable[[int], ev.Event]) -> Future[None]:
         ticket, future = next(self._ids), Future[None]()
@@ -304,6 +415,34 @@ def _forget(loop: _Loop, pid: int) -> None:
     """The reader has gone: deliver no more, and end the process."""
     loop.mailboxes.pop(pid, None)
     loop.inbox.put(ev.Kill(pid))
+
+
+def _acknowledge(loop: _Loop, pid: int) -> None:
+    """The reader has the whole answer."""
+    if loop.core.outbox.journaled:
+        loop.inbox.put(ev.Forget(pid))
+
+
+def _draw() -> int:
+    """A seed."""
+    return int.from_bytes(os.urandom(8), "little")
+
+
+def _sibling(parent: int, seed: int, child: int) -> ev.Event:
+    return ev.Fork(child, parent, seed, from_prompt=True)
+
+
+def _then(future: Future[Any], done: Future[T], change: Callable[[Any], T]) -> None:
+    """Settle `done` as `future` is, with its result changed."""
+
+    def settle(future: Future[Any]) -> None:
+        error = DriverError("the operation was cancelled") if future.cancelled() else future.exception()
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(change(future.result()))
+
+    future.add_done_callback(settle)
 
 
 def encode(operation: ev.Encode) -> list[int]:

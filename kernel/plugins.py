@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 import pluggy
 
@@ -12,8 +13,10 @@ from llm_os.kernel.config import Config
 from llm_os.kernel.driver import DeviceInfo, Driver, DriverFactory, DriverProbe
 from llm_os.kernel.errors import ConfigError, ModelNotFound
 from llm_os.kernel.image import Image
+from llm_os.kernel.journal import Log
+from llm_os.kernel.swap import SwapStore
 
-BUILT_IN = ("llm_os.drivers.formats.plugin", "llm_os.drivers.plugin")
+BUILT_IN = ("llm_os.drivers.formats.plugin", "llm_os.drivers.persistence.plugin", "llm_os.drivers.plugin")
 
 
 class Plugins:
@@ -63,6 +66,20 @@ class Plugins:
         if image is None:
             raise ModelNotFound(f"no plugin knows a model named {model!r}; `llm-os models` lists what is here")
         return image
+
+    def open_log(self, folder: Path) -> Log:
+        """Raises StoreError, and ConfigError when no plugin keeps a journal."""
+        log: Log | None = self._manager.hook.open_log(folder=folder)
+        if log is None:
+            raise ConfigError(f"state is {str(folder)!r}, but no plugin keeps a journal")
+        return log
+
+    def open_swap(self, config: Config) -> SwapStore:
+        """Raises StoreError, and ConfigError when no plugin keeps swapped pages."""
+        store: SwapStore | None = self._manager.hook.open_swap(config=config)
+        if store is None:
+            raise ConfigError("swap_host or swap_disk is set, but no plugin keeps swapped pages")
+        return store
 
     def _register_driver(self, name: str, factory: DriverFactory, probe: DriverProbe) -> None:
         if name in self._drivers or name == "auto":

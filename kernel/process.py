@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import zip_longest
 
 from msgspec import Struct
 
+from llm_os.kernel.accounting import Reservation
 from llm_os.kernel.driver import Sample, Sampled
 from llm_os.kernel.errors import RequestError
 from llm_os.kernel.image import Image, TextDecoder
+from llm_os.kernel.journal import Given, Took
 from llm_os.kernel.page_table import PageTable
 from llm_os.kernel.random import uniform
 from llm_os.kernel.request import Chunk, Completion, FinishReason, Request, Timings, TokenLogprob, Usage
@@ -19,12 +21,16 @@ from llm_os.kernel.stop_strings import StopStrings
 
 
 class State(StrEnum):
-    """NEW -> LOADING -> READY <-> RUNNING; an end from anywhere, and then the process is gone from the table."""
+    """NEW -> READY <-> RUNNING, READY <-> BLOCKED; an end from anywhere, and then the process is gone from the table.
+
+    `ps` shows a READY process as LOADING while its model's weights are on their way, and as SWAPPED while pages of it
+    are in swap. An ended process that an operation in flight still names is a zombie: it keeps its pages until then.
+    """
 
     NEW = "new"  # its model file is being opened, its text tokenized
-    LOADING = "loading"  # a model fault: the weights are on their way
     READY = "ready"
-    RUNNING = "running"  # in a batch or a page copy that is in flight
+    RUNNING = "running"  # in a batch that is in flight
+    BLOCKED = "blocked"  # waits for what a tool says
     ENDED = "ended"
 
 
@@ -55,26 +61,39 @@ class Process:
     parent: int | None = None
     nice: int = 0
     state: State = State.NEW
+    reservation: Reservation | None = None
     image: Image | None = None
-    tokens: list[int] = field(default_factory=list)  # prompt, then answer
+    # what it says
+    tokens: list[int] = field(default_factory=list)  # prompt, then what was generated and given, in order
     prompt_tokens: int = 0
-    max_tokens: int = 0
-    computed: int = 0  # tokens whose KV is in the pages
-    table: PageTable | None = None
+    generated: list[int] = field(default_factory=list)
+    given: list[tuple[int, int]] = field(default_factory=list)  # (start, count) in `tokens` of what it was given
+    max_tokens: int = 0  # of the answer
     end_tokens: frozenset[int] = frozenset()
     decoder: TextDecoder | None = None
     stops: StopStrings = field(default_factory=lambda: StopStrings(()))
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    inherited: int = 0  # tokens of the answer that its parent, or an earlier life, generated
+    forks: list[Process] = field(default_factory=list)  # children that wait for the operation in flight to end
+    from_prompt: bool = False  # a child: it continues from its parent's prompt
+    # what it has
+    table: PageTable | None = None
+    computed: int = 0  # tokens whose KV is in the pages
+    cached: int | None = None  # prompt tokens that the prefix cache had
+    charged: int = 0  # tokens that its tenant has paid for
+    flights: int = 0  # operations in flight that name its pages
+    # how it waits
+    active: bool = False  # in the running set
+    urgency: int = 0  # its class, with what it had gained by waiting when it became active
+    seniority: int = 0  # the order of becoming active for the first time; 0 is never
+    queued: float = 0.0  # since when it waits to become active
+    waited: float = 0.0  # seconds before that
+    blocking: int | None = None  # the ticket to answer when it has stopped
+    resumes: float | None = None  # when it is expected to be unblocked
     faulted: float | None = None  # when it began to wait for its model's weights
     admitted: float | None = None  # when it first could run
     first_token: float | None = None
-    inherited: int = 0  # tokens of the answer that its parent generated
-    forks: list[Process] = field(default_factory=list)  # children that wait for the operation in flight to end
-
-    @property
-    def output(self) -> list[int]:
-        return self.tokens[self.prompt_tokens :]
 
     @property
     def remaining(self) -> int:
@@ -82,9 +101,14 @@ class Process:
         return len(self.tokens) - self.computed
 
     @property
+    def rank(self) -> tuple[int, int]:
+        """Whose pages go first: the greatest. What it has gained by waiting counts here."""
+        return self.urgency, self.seniority
+
+    @property
     def salt(self) -> int:
         """What sets this tenant's pages apart from all others'."""
-        return zlib.crc32(self.request.tenant.encode(errors="surrogatepass"))
+        return salt_of(self.request.tenant)
 
     def sample(self) -> Sample:
         """How to choose the token at position len(tokens)."""
@@ -99,9 +123,10 @@ class Process:
 
         repetition = pick("repetition_penalty", 1.0)
         counts = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or repetition != 1.0
+        temperature = pick("temperature", 0.7)
         return Sample(
-            uniform=uniform(self.seed, len(self.tokens)),
-            temperature=pick("temperature", 0.7),
+            uniform=uniform(self.seed, len(self.tokens)) if temperature > 0 else 0.0,
+            temperature=temperature,
             top_k=int(pick("top_k", 0)),
             top_p=pick("top_p", 1.0),
             min_p=pick("min_p", 0.0),
@@ -109,10 +134,16 @@ class Process:
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
             logit_bias=tuple(sampling.logit_bias.items()),
-            prompt=tuple(self.tokens[: self.prompt_tokens]) if repetition != 1.0 else (),
-            output=tuple(self.output) if counts else (),
+            prompt=tuple(self._context()) if repetition != 1.0 else (),
+            output=tuple(self.generated) if counts else (),
             logprobs=sampling.logprobs,
         )
+
+    def _context(self) -> Iterator[int]:
+        """Prompt, and what it was given."""
+        yield from self.tokens[: self.prompt_tokens]
+        for start, count in self.given:
+            yield from self.tokens[start : start + count]
 
     def admit(self, tokens: list[int]) -> None:
         """Take the tokens of the prompt. Raises RequestError where they do not fit the model."""
@@ -130,23 +161,28 @@ class Process:
                 f"max_tokens is {sampling.max_tokens}; after {len(tokens)} prompt tokens the context of "
                 f"{self.image.name} ({context}) leaves at most {room}"
             )
-        for name, ids in (("the prompt", tokens), ("logit_bias", sampling.logit_bias)):
-            for token in ids:
-                if not (isinstance(token, int) and 0 <= token < self.image.vocab_size):
-                    raise RequestError(
-                        f"{name} has token id {token}; the vocabulary of {self.image.name} ends at "
-                        f"{self.image.vocab_size - 1}"
-                    )
-        self.tokens, self.prompt_tokens = tokens, len(tokens)
+        self._check_tokens("the prompt", tokens)
+        self._check_tokens("logit_bias", sampling.logit_bias)
+        self.tokens, self.prompt_tokens = list(tokens), len(tokens)
         self.max_tokens = sampling.max_tokens or room
         chat = self.request.messages is not None
         self.end_tokens = self.image.turn_end_tokens if chat else self.image.text_end_tokens
         self.decoder, self.stops = self.image.decoder(), StopStrings(sampling.stop)
 
+    def _check_tokens(self, what: str, tokens: Iterable[int]) -> None:
+        assert self.image is not None
+        size = self.image.vocab_size
+        for token in tokens:
+            if not (isinstance(token, int) and 0 <= token < size):
+                raise RequestError(
+                    f"{what} has token id {token}; the vocabulary of {self.image.name} ends at {size - 1}"
+                )
+
     def append(self, sampled: Sampled, now: float) -> Chunk:
         """Take one more token of the answer: what to deliver for it, with a reason if the process ends here."""
         assert self.decoder is not None
         self.tokens.append(sampled.token)
+        self.generated.append(sampled.token)
         if self.first_token is None:
             self.first_token = now
         ended = sampled.token in self.end_tokens
@@ -154,7 +190,7 @@ class Process:
         reason: FinishReason | None = None
         if ended or self.stops.hit:
             reason = "stop"
-        elif len(self.tokens) - self.prompt_tokens >= self.max_tokens:
+        elif len(self.generated) >= self.max_tokens:
             reason = "length"
         if reason and not self.stops.hit:
             text += self.stops.push(self.decoder.flush()) + self.stops.flush()
@@ -165,34 +201,87 @@ class Process:
             self.logprobs.extend(logprobs)
         return Chunk(text=text, token_ids=(sampled.token,), logprobs=logprobs, finish_reason=reason)
 
+    def check_gift(self, tokens: tuple[int, ...]) -> None:
+        """Raises RequestError for tokens that it cannot be given."""
+        assert self.image is not None
+        self._check_tokens("what unblock gives", tokens)
+        room = self.image.context_length - len(self.tokens) - 1
+        if len(tokens) > room:
+            raise RequestError(
+                f"process {self.pid} is given {len(tokens)} tokens; its context of {self.image.context_length} has "
+                f"room for {max(0, room)}"
+            )
+
+    def give(self, tokens: tuple[int, ...]) -> None:
+        """Tokens that it did not generate become part of its context."""
+        assert self.image is not None
+        if tokens:
+            self.given.append((len(self.tokens), len(tokens)))
+            self.tokens += tokens
+        room = self.image.context_length - len(self.tokens)
+        self.max_tokens = min(self.max_tokens, len(self.generated) + room)
+
+    def foreign(self, start: int, end: int) -> int:
+        """How many of the tokens from `start` to `end` it did not generate."""
+        spans = ((0, self.prompt_tokens), *self.given)
+        return sum(max(0, min(end, first + count) - max(start, first)) for first, count in spans)
+
     def flush(self) -> str:
         """Text that was held back; the process ends before it could become a stop string or a whole character."""
         text = self.stops.flush()
         self.text.append(text)
         return text
 
-    def branch(self, child: Process, now: float) -> None:
-        """Let a new process share the pages and continue from here. Not while a batch writes them."""
-        assert self.table is not None and self.image is not None
-        child.image = self.image
-        child.admit(self.tokens[: self.prompt_tokens])
-        for token, logprob in zip_longest(self.output, self.logprobs):
-            child.append(Sampled(token, *((logprob.logprob, logprob.top) if logprob else ())), now)
-        child.inherited = len(self.output)
-        child.state, child.admitted, child.first_token = State.READY, now, None
-        child.computed, child.table = self.computed, self.table.fork(self.computed)
+    def history(self) -> list[Took | Given]:
+        """What it took and was given since its prompt, as the journal has it."""
+        records: list[Took | Given] = []
+        taken = at = 0
+        logprobs = tuple((entry.logprob, entry.top) for entry in self.logprobs)
+        for start, count in (*((s - self.prompt_tokens, n) for s, n in self.given), (self._said, 0)):
+            if start > at:
+                end = taken + start - at
+                records.append(Took(self.pid, tuple(self.generated[taken:end]), logprobs[taken:end]))
+                taken = end
+            if count:
+                begin = self.prompt_tokens + start
+                records.append(Given(self.pid, tuple(self.tokens[begin : begin + count])))
+            at = start + count
+        return records
+
+    @property
+    def _said(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    def replay(self, records: Iterable[Took | Given], now: float) -> Chunk | None:
+        """Take again what another process, or this one in an earlier life, took: all of it as one chunk."""
+        chunks: list[Chunk] = []
+        for record in records:
+            if isinstance(record, Given):
+                self.give(record.tokens)
+                continue
+            for index, token in enumerate(record.tokens):
+                chunks.append(self.append(Sampled(token, *(record.logprobs[index] if record.logprobs else ())), now))
+        self.inherited, self.first_token = len(self.generated), None
+        if not chunks:
+            return None
+        return Chunk(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+            logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+            finish_reason=chunks[-1].finish_reason,
+        )
 
     def completion(self, reason: FinishReason, now: float) -> Completion:
         admitted = now if self.admitted is None else self.admitted
         first = now if self.first_token is None else self.first_token
-        output = len(self.output)
+        output = len(self.generated)
         return Completion(
             text="".join(self.text),
-            token_ids=tuple(self.output),
+            token_ids=tuple(self.generated),
             finish_reason=reason,
-            usage=Usage(prompt_tokens=self.prompt_tokens, completion_tokens=output),
+            usage=Usage(prompt_tokens=self.prompt_tokens, completion_tokens=output, cached_tokens=self.cached or 0),
             timings=Timings(
-                load_s=0.0 if self.faulted is None else admitted - self.faulted,
+                load_s=0.0 if self.faulted is None else max(0.0, admitted - self.faulted),
                 ttft_s=first - admitted,
                 prefill_tok_s=_rate(self.prompt_tokens, first - admitted),
                 decode_tok_s=_rate(output - self.inherited - 1, now - first),
@@ -201,20 +290,30 @@ class Process:
             logprobs=tuple(self.logprobs),
         )
 
-    def info(self, now: float) -> ProcessInfo:
+    def info(self, now: float, on_device: bool) -> ProcessInfo:
+        state = self.state.value
+        if self.state is State.READY and not on_device:
+            state = "loading"
+        elif self.state is State.READY and self.table is not None and self.table.swapped:
+            state = "swapped"
         return ProcessInfo(
             pid=self.pid,
             parent=self.parent,
             tenant=self.request.tenant,
             model=self.request.model,
-            state=self.state.value,
+            state=state,
             nice=self.nice,
             prompt_tokens=self.prompt_tokens,
-            completion_tokens=len(self.output),
+            completion_tokens=len(self.generated),
             computed_tokens=self.computed,
             pages=len(self.table.pages) if self.table else 0,
             age_s=now - self.submitted,
         )
+
+
+def salt_of(tenant: str) -> int:
+    """64 bits that stand for a tenant."""
+    return int.from_bytes(hashlib.blake2b(tenant.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _rate(count: int, seconds: float) -> float:

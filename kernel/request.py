@@ -9,7 +9,7 @@ from msgspec import Struct
 from llm_os.kernel.errors import RequestError
 from llm_os.kernel.strict import Strict
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
 def _in_range(field: str, value: float | None, low: float, high: float) -> None:
@@ -82,12 +82,16 @@ class Request(Strict, frozen=True, kw_only=True):
     prompt: str | list[int] | None = None  # text or token ids, continued as they stand
     sampling: Sampling = Sampling()
     nice: int = 0  # -20 (first) to 19 (last)
-    tenant: str = ""
+    tenant: str = ""  # who asks, as the host has authenticated it
+    queue_s: float | None = None  # refuse it unless it runs for the first time within so many seconds
+    deadline_s: float | None = None  # end it after so many seconds, with what there is by then
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.prompt is None):
             raise RequestError("give either messages (chat) or prompt (raw text), not both and not neither")
         _in_range("nice", self.nice, -20, 19)
+        _in_range("queue_s", self.queue_s, 0, 1e9)
+        _in_range("deadline_s", self.deadline_s, 0, 1e9)
 
 
 class TokenLogprob(Struct, frozen=True):
@@ -112,6 +116,7 @@ class Usage(Struct, frozen=True, kw_only=True):
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt: their KV was there already
 
 
 class Timings(Struct, frozen=True, kw_only=True):

@@ -1,108 +1,305 @@
 """Who runs next, and with how many tokens. Decides only; knows neither drivers nor the outside.
 
-Continuous batching (Orca, Yu et al., OSDI 2022) with chunked prefill (Sarathi-Serve, Agrawal et al., OSDI 2024): each
-turn hands out `batch_tokens` tokens to at most `batch_size` processes of one model. A process that is one token behind
-its text decodes; one that is more behind prefills; nothing else tells the two apart.
+    waiting ──admit──> active ──plan──> batch            active: the running set, at most `batch_size` of a model
+       ^                 │
+       └───suspend───────┘  keeps its pages until somebody needs them
 
-Order: class (nice), then decoding before prefilling, then arrival. When pages run out, the process with the highest
-(nice, pid) that comes after the one in need loses its pages and recomputes them later (vLLM, Kwon et al., SOSP 2023).
-Nobody takes pages from a process that is in this turn's batch already; when nobody is, the lowest (nice, pid) can take
-from all others. So somebody gets on every turn, and the lowest at the latest when those before it in the batch end.
+Continuous batching (Orca, Yu et al., OSDI 2022) with chunked prefill (Sarathi-Serve, Agrawal et al., OSDI 2024): each
+turn hands out `batch_tokens` tokens to active processes of one model, those that decode first.
+
+Who is admitted next: the most urgent class (nice, one class better for each `aging_s` of waiting in all), then the
+tenant that had the least (`accounting.py`), then arrival. One order for all models on the device, and nobody passes the
+first in it, so that many small requests cannot keep a large one out. A newcomer whose nice is better than an active
+process's class suspends it; waiting protects, but does not push. Else who is active goes on until it ends.
+
+When pages run out, they are taken in this order: cached ones; of processes that are blocked, by what their waiting
+wastes (InferCept, Abhyankar et al., ICML 2024); of others that are not active; idle models' weights; of active
+processes that come later in (class, seniority) than the one in need. Who can take from nobody is suspended, and then
+others may take from it: so somebody gets on every turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
-from llm_os.kernel.driver import Move
+from llm_os.kernel.accounting import Accounting
+from llm_os.kernel.config import Config
+from llm_os.kernel.pager import Pager
 from llm_os.kernel.process import Process, State
 from llm_os.kernel.residency import Model
 
-
-class Turn:
-    """What one call of `Scheduler.plan` decided. `starved` is a process that can never get the pages it needs."""
-
-    def __init__(self) -> None:
-        self.batch: list[tuple[Process, int]] = []  # with how many tokens each
-        self.copies: list[tuple[Process, Move]] = []  # to be performed before their process can run
-        self.starved: Process | None = None
+_LAST = 1 << 60
 
 
 class Scheduler:
-    """Plans one forward pass at a time."""
+    """The run queue of one device."""
 
-    def __init__(self, batch_tokens: int, batch_size: int) -> None:
-        self.batch_tokens = batch_tokens
-        self.batch_size = batch_size
+    def __init__(self, config: Config, pager: Pager, accounting: Accounting, spare: Callable[[Model], bool]) -> None:
+        """`spare(model)` starts to evict the weights of an idle model other than this one; False if there is none."""
+        self._batch_tokens = config.batch_tokens
+        self._batch_size = config.batch_size
+        self._aging_s = config.aging_s
+        self._pager = pager
+        self._accounting = accounting
+        self._spare = spare
+        self._active: dict[str, dict[int, Process]] = {}  # by model
+        self._queues: dict[str, dict[int, dict[str, deque[Process]]]] = {}  # by model, nice and tenant
+        self.idle: dict[int, Process] = {}  # processes that have pages and are not active
+        self._seniority = 0
 
-    def ranked(self, models: Iterable[Model], processes: Iterable[Process]) -> list[Model]:
-        """Models with work, the one to run first: by the most urgent class; models of one class take turns."""
-        urgency: dict[str, int] = {}
-        for process in processes:
-            if process.state is State.READY:
-                name = process.request.model
-                urgency[name] = min(process.nice, urgency.get(name, process.nice))
-        ready = [model for model in models if model.name in urgency]
-        return sorted(ready, key=lambda model: (urgency[model.name], model.last_run))
+    # -- the two sets ------------------------------------------------------------------------------------------------
 
-    def plan(self, model: Model, processes: Sequence[Process]) -> Turn:
-        """Fill a batch of `model`. Allocates pages, and takes them from processes that come later in order."""
-        turn = Turn()
-        budget = self.batch_tokens
-        ready = [p for p in processes if p.state is State.READY and p.request.model == model.name]
-        for process in sorted(ready, key=lambda p: (p.nice, p.remaining > 1, p.pid)):
-            if budget == 0 or len(turn.batch) == self.batch_size:
-                break
-            planned = {chosen.pid for chosen, _ in (*turn.batch, *turn.copies)}
-            count = self._make_room(process, min(process.remaining, budget), processes, planned)
-            if count == 0:
-                if not turn.batch and not turn.copies and not _others_hold_pages(process, processes):
-                    turn.starved = process
-                    break
-                continue
-            assert process.table is not None
-            move = process.table.prepare(process.computed, process.computed + count)
-            if move is None:
-                turn.batch.append((process, count))
-                budget -= count
-            else:
-                turn.copies.append((process, move))
-        return turn
+    def enqueue(self, process: Process, now: float, first: bool = False) -> None:
+        """It waits to become active, behind (or before) those of its class and tenant."""
+        process.queued = now
+        queues = self._queues.setdefault(process.request.model, {}).setdefault(process.nice, {})
+        queue = queues.setdefault(process.request.tenant, deque())
+        (queue.appendleft if first else queue.append)(process)
+        self.note_pages(process)
 
-    def _make_room(self, process: Process, count: int, processes: Sequence[Process], planned: set[int]) -> int:
-        """Preempt until the next `count` tokens have pages; how many of them do."""
+    def withdraw(self, process: Process) -> None:
+        """It neither runs nor waits from now on: it has ended, or is blocked."""
+        self._active.get(process.request.model, {}).pop(process.pid, None)
+        self._unqueue(process)
+        process.active = False
+        self.note_pages(process)
+
+    def suspend(self, process: Process, now: float) -> None:
+        """From the running set back to the queue, with its pages."""
+        self.withdraw(process)
+        self.enqueue(process, now, first=True)
+
+    def renice(self, process: Process, nice: int) -> None:
+        waiting = self._unqueue(process)
+        process.nice = process.urgency = nice
+        if waiting:
+            self.enqueue(process, process.queued)
+
+    def _unqueue(self, process: Process) -> bool:
+        model = self._queues.get(process.request.model, {})
+        queues = model.get(process.nice, {})
+        queue = queues.get(process.request.tenant, ())
+        if process not in queue:
+            return False
+        assert isinstance(queue, deque)
+        queue.remove(process)
+        if not queue:
+            del queues[process.request.tenant]
+        if not queues:
+            del model[process.nice]
+        if not model:
+            del self._queues[process.request.model]
+        return True
+
+    def note_pages(self, process: Process) -> None:
+        """Its pages or its state have changed: is it one that has pages without being active?"""
+        if process.state is not State.ENDED and not process.active and process.table and process.table.pages:
+            self.idle[process.pid] = process
+        else:
+            self.idle.pop(process.pid, None)
+
+    @property
+    def running(self) -> bool:
+        """Whether anybody is active."""
+        return any(self._active.values())
+
+    def active(self, model: str) -> list[Process]:
+        return list(self._active.get(model, {}).values())
+
+    # -- who is first ------------------------------------------------------------------------------------------------
+
+    def urgency(self, process: Process, now: float) -> int:
+        """The class of a process: nice, better by one for each aging_s that it has waited."""
+        if process.active:
+            return process.urgency
+        return process.nice - int((process.waited + now - process.queued) / self._aging_s)
+
+    def _order(self, process: Process, now: float) -> tuple[int, float, int]:
+        return self.urgency(process, now), self._accounting.counter(process.request.tenant), process.pid
+
+    def first(self, model: str, now: float) -> tuple[tuple[int, float, int], Process] | None:
+        """Who of this model's waiting processes is to become active next, and its place in the order."""
+        heads = (queue[0] for queues in self._queues.get(model, {}).values() for queue in queues.values())
+        return min(((self._order(head, now), head) for head in heads), default=None, key=lambda pair: pair[0])
+
+    def nices(self, model: str) -> Iterable[int]:
+        """The nice of those who wait with this model."""
+        return self._queues.get(model, {}).keys()
+
+    def most_urgent(self, model: str, now: float) -> int | None:
+        """The best class of all who run or wait with this model; None if nobody does."""
+        urgencies = [process.urgency for process in self._active.get(model, {}).values()]
+        if (first := self.first(model, now)) is not None:
+            urgencies.append(first[0][0])
+        return min(urgencies, default=None)
+
+    # -- a turn ------------------------------------------------------------------------------------------------------
+
+    def ranked(self, models: Iterable[Model]) -> list[Model]:
+        """Those with a process that could run, the one to run first: by class, then by whose tenant had the least, then
+        in turns."""
+        keys: dict[str, tuple[int, float]] = {}
+        for model in models:
+            ready = [p for p in self._active.get(model.name, {}).values() if not p.flights]
+            if ready:
+                counter = self._accounting.counter
+                keys[model.name] = min((p.urgency, counter(p.request.tenant)) for p in ready)
+        return sorted((m for m in models if m.name in keys), key=lambda m: (*keys[m.name], m.last_run))
+
+    def admit(self, models: Iterable[Model], now: float, before: tuple[int, float, int] | None) -> Process | None:
+        """Let waiting processes of these models become active while there is room; nobody who comes after `before`.
+        Returns the one for whom there was no room."""
+        open_models = {model.name: model for model in models}
+        while open_models:
+            candidates = [(first, name) for name in open_models if (first := self.first(name, now)) is not None]
+            if not candidates:
+                return None
+            (order, process), name = min(candidates, key=lambda candidate: candidate[0][0])
+            if before is not None and order > before:
+                return None
+            active = self._active.setdefault(name, {})
+            if len(active) >= self._batch_size:
+                last = max(active.values(), key=lambda other: other.rank)
+                if last.urgency <= process.nice or last.flights:
+                    del open_models[name]
+                    continue
+                self.suspend(last, now)
+            if not self._activate(process, open_models[name], order[0], now):
+                return process
+        return None
+
+    def _activate(self, process: Process, model: Model, urgency: int, now: float) -> bool:
+        """Give it its pages, so that all its tokens have a place. False if there is no room yet."""
         table = process.table
         assert table is not None
-        while table.shortage(process.computed, process.computed + count) > table.slab.available:
-            victims = [
-                other
-                for other in processes
-                if other.state is State.READY
-                and other.table
-                and other.table.pages
-                and other.pid not in planned
-                and (other.nice, other.pid) > (process.nice, process.pid)
-            ]
-            if not victims:
-                return _what_fits(process, count)
-            preempt(max(victims, key=lambda other: (other.nice, other.pid)))
-        return count
+        if process.flights:  # its pages are on their way out, or moving
+            return False
+        self._pager.attach(process)
+        seniority = process.seniority or _LAST
+        needed = table.shortage(process.computed, len(process.tokens)) + len(table.swapped)
+        if not self._secure(process, model, needed, (process.nice, seniority), now):
+            self.note_pages(process)
+            return False
+        if table.swapped and not self._pager.swap_in(process):
+            return False
+        self._unqueue(process)
+        self.idle.pop(process.pid, None)
+        if not process.seniority:
+            self._seniority += 1
+            process.seniority = self._seniority
+        process.active, process.urgency = True, urgency
+        process.waited += now - process.queued
+        self._active[process.request.model][process.pid] = process
+        return True
+
+    def plan(self, model: Model, now: float) -> tuple[list[tuple[Process, int]], Process | None]:
+        """A batch of `model`: processes, each with how many tokens. Allocates pages for them, taking them from others
+        if it must. With it, the process that could not get a page although nobody else has any: it starves."""
+        batch: list[tuple[Process, int]] = []
+        budget = self._batch_tokens
+        ready = [p for p in self._active.get(model.name, {}).values() if not p.flights]
+        ready.sort(key=lambda p: (p.urgency, p.remaining > 1, p.seniority))
+        for process in ready:
+            if budget == 0 or len(batch) == self._batch_size:
+                break
+            if not process.active:  # suspended by one before it
+                continue
+            table = process.table
+            assert table is not None
+            count = min(process.remaining, budget)
+            needed = table.shortage(process.computed, process.computed + count)
+            if needed and not self._secure(
+                process, model, needed, (process.nice, process.seniority), now, {p.pid for p, _ in batch}
+            ):
+                if self._pager.freeing or self._spare(model):
+                    continue
+                if not batch and self._alone(process):
+                    return batch, process
+                self.suspend(process, now)
+                continue
+            if needed and self._pager.grow(process, process.computed + count):
+                continue
+            batch.append((process, count))
+            budget -= count
+        return batch, None
+
+    def _secure(
+        self,
+        process: Process,
+        model: Model,
+        needed: int,
+        rank: tuple[int, int],
+        now: float,
+        batch: frozenset[int] | set[int] = frozenset(),
+    ) -> bool:
+        """Take pages from others until so many can be placed. False if there are none to be had, or none yet."""
+        assert process.table is not None
+        slab = process.table.slab
+        while not self._pager.room_for(slab, needed):
+            if self._pager.freeing:
+                return False
+            victim = next(self._victims(process, model, rank, now, batch), None)
+            if victim is None:
+                return False
+            if victim.active:
+                self.suspend(victim, now)
+            self._pager.take(victim)
+            self.note_pages(victim)
+        return True
+
+    def _victims(
+        self, process: Process, model: Model, rank: tuple[int, int], now: float, batch: frozenset[int] | set[int]
+    ) -> Iterator[Process]:
+        """Whose pages go first."""
+        idle = self.last_idle(process, now)
+        if idle is not None:
+            yield idle
+            return
+        if self._spare(model):
+            return
+        later = [
+            p
+            for active in self._active.values()
+            for p in active.values()
+            if p.rank > rank and p is not process and not p.flights and p.pid not in batch and p.table and p.table.pages
+        ]
+        if later:
+            yield max(later, key=lambda p: p.rank)
+
+    def last_idle(self, but: Process | None = None, now: float = 0.0) -> Process | None:
+        """Whose device pages go first of those who are not active."""
+        idle = [p for p in self.idle.values() if p is not but and not p.flights and _on_device(p)]
+        blocked = [p for p in idle if p.state is State.BLOCKED]
+        if blocked:
+            return max(blocked, key=lambda p: (_waste(p, now), p.pid))
+        return max(idle, key=lambda p: (p.urgency, p.seniority, p.pid), default=None)
+
+    def last_active(self, urgency: int, now: float) -> Process | None:
+        """Suspend the last of the active processes of a later class that have pages; None if there is none."""
+        later = [
+            p
+            for active in self._active.values()
+            for p in active.values()
+            if p.urgency > urgency and not p.flights and _on_device(p)
+        ]
+        last = max(later, key=lambda p: p.rank, default=None)
+        if last is not None:
+            self.suspend(last, now)
+        return last
+
+    def _alone(self, process: Process) -> bool:
+        """Whether no other process has pages on the device."""
+        others = (p for active in self._active.values() for p in active.values() if p is not process)
+        return not any(_on_device(p) for p in (*others, *self.idle.values()) if p is not process)
 
 
-def preempt(process: Process) -> None:
-    """Take its pages; its tokens stay, and it will compute their KV again."""
+def _on_device(process: Process) -> bool:
+    return process.table is not None and any(page.number is not None for page in process.table.pages)
+
+
+def _waste(process: Process, now: float) -> float:
+    """What it wastes to keep the pages of a blocked process: bytes times the seconds that it will still wait."""
     assert process.table is not None
-    process.table.release()
-    process.computed = 0
-
-
-def _what_fits(process: Process, count: int) -> int:
-    table = process.table
-    assert table is not None
-    while count and table.shortage(process.computed, process.computed + count) > table.slab.available:
-        count -= 1
-    return count
-
-
-def _others_hold_pages(process: Process, processes: Iterable[Process]) -> bool:
-    return any(other is not process and other.table and other.table.pages for other in processes)
+    wait = 10.0 if process.resumes is None else max(0.0, process.resumes - now)
+    return len(process.table.pages) * process.table.slab.page_bytes * wait

@@ -16,6 +16,8 @@ from llm_os.kernel.errors import Closed
 from llm_os.kernel.events import Deliver
 from llm_os.kernel.request import Chunk, Completion
 
+_MAX_ITEMS = 256  # chunks that wait for a slow reader; what comes after them is joined into one
+
 
 class Mailbox:
     """Hands deliveries from the kernel's thread to one reader. Never blocks the kernel, whatever the reader does."""
@@ -27,7 +29,10 @@ class Mailbox:
 
     def put(self, item: Deliver) -> None:
         with self._lock:
-            self._items.append(item)
+            if len(self._items) >= _MAX_ITEMS and _plain(item) and _plain(self._items[-1]):
+                self._items[-1] = _joined(self._items[-1], item)
+            else:
+                self._items.append(item)
             wake, self._wake = self._wake, None
         if wake is not None:
             wake()
@@ -66,12 +71,16 @@ class Stream:
     `completion` is the whole answer once the iteration has ended. An error of the request is raised by the iteration.
     """
 
-    def __init__(self, pid: int, mailbox: Mailbox, kill: Callable[[], object]) -> None:
+    def __init__(
+        self, pid: int, mailbox: Mailbox, kill: Callable[[], object], acknowledge: Callable[[], object]
+    ) -> None:
+        """`kill` is called once if the reader leaves early, `acknowledge` once when it has the whole answer."""
         self.pid = pid
         self.completion: Completion | None = None
         self._mailbox = mailbox
         self._kill = weakref.finalize(self, kill)
         self._kill.atexit = False
+        self._acknowledge = acknowledge
 
     def close(self) -> None:
         """End the process if it has not ended. Idempotent; never waits."""
@@ -120,6 +129,7 @@ class Stream:
             raise delivery.error.with_traceback(None)  # one error may be told to many: it must not keep their frames
         if delivery.completion is not None:
             self._kill.detach()
+            self._acknowledge()
             self.completion = delivery.completion
         assert delivery.chunk is not None
         return delivery.chunk
@@ -128,6 +138,17 @@ class Stream:
         if self.completion is None:
             raise Closed("the stream was closed before the answer was whole")
         return self.completion
+
+
+def _plain(item: Deliver) -> bool:
+    return item.chunk is not None and item.completion is None and item.error is None
+
+
+def _joined(one: Deliver, other: Deliver) -> Deliver:
+    a, b = one.chunk, other.chunk
+    assert a is not None and b is not None
+    chunk = Chunk(text=a.text + b.text, token_ids=a.token_ids + b.token_ids, logprobs=a.logprobs + b.logprobs)
+    return Deliver(one.pid, chunk)
 
 
 def thread_safe(callback: Callable[[], object]) -> Callable[[], object]:

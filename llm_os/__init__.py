@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from llm_os.api import open_image as open_image
     from llm_os.api import plugins as plugins
     from llm_os.api import probe as probe
+    from llm_os.drivers.simulation import Report as Report
+    from llm_os.drivers.simulation import replay as replay
+    from llm_os.drivers.simulation import simulate as simulate
     from llm_os.drivers.store import Progress as Progress
     from llm_os.drivers.store import Store as Store
     from llm_os.drivers.store import StoredModel as StoredModel
     from llm_os.kernel.config import Config as Config
+    from llm_os.kernel.config import Tenant as Tenant
     from llm_os.kernel.driver import Batch as Batch
     from llm_os.kernel.driver import DeviceInfo as DeviceInfo
     from llm_os.kernel.driver import DeviceMemory as DeviceMemory
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from llm_os.kernel.hookspecs import hookimpl as hookimpl
     from llm_os.kernel.image import Image as Image
     from llm_os.kernel.image import TextDecoder as TextDecoder
+    from llm_os.kernel.journal import Log as Log
     from llm_os.kernel.kernel import Kernel as Kernel
     from llm_os.kernel.memory import MemoryInfo as MemoryInfo
     from llm_os.kernel.process import ProcessInfo as ProcessInfo
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
     from llm_os.kernel.request import Usage as Usage
     from llm_os.kernel.residency import ModelInfo as ModelInfo
     from llm_os.kernel.stream import Stream as Stream
+    from llm_os.kernel.swap import SwapStore as SwapStore
 
 _HOMES = {
     "api": (
@@ -65,12 +71,20 @@ _HOMES = {
         "plugins",
         "probe",
     ),
+    "drivers.simulation": (
+        "Report",
+        "replay",
+        "simulate",
+    ),
     "drivers.store": (
         "Progress",
         "Store",
         "StoredModel",
     ),
-    "kernel.config": ("Config",),
+    "kernel.config": (
+        "Config",
+        "Tenant",
+    ),
     "kernel.driver": (
         "Batch",
         "DeviceInfo",
@@ -106,6 +120,7 @@ _HOMES = {
         "Image",
         "TextDecoder",
     ),
+    "kernel.journal": ("Log",),
     "kernel.kernel": ("Kernel",),
     "kernel.memory": ("MemoryInfo",),
     "kernel.process": ("ProcessInfo",),
@@ -121,6 +136,7 @@ _HOMES = {
     ),
     "kernel.residency": ("ModelInfo",),
     "kernel.stream": ("Stream",),
+    "kernel.swap": ("SwapStore",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

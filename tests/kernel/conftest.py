@@ -15,7 +15,7 @@ from llm_os.kernel.config import Config
 from llm_os.kernel.core import Core
 from llm_os.kernel.driver import Sample
 from llm_os.kernel.kernel import encode
-from llm_os.kernel.process import Process
+from llm_os.kernel.process import salt_of
 from llm_os.kernel.random import uniform
 from llm_os.kernel.request import Request, Sampling
 
@@ -32,6 +32,8 @@ class Machine:
         self.deliveries: dict[int, list[ev.Deliver]] = defaultdict(list)
         self.replies: dict[int, ev.Reply] = {}
         self.closed_images = 0
+        self.swapped: dict[int, bytes] = {}
+        self.journal: list[Any] = []
         self.requests: dict[int, tuple[Request, int]] = {}
         self.runs: list[ev.Run] = []
         self.mangle: Callable[[ev.Operation, Any], Any] = lambda operation, result: result
@@ -48,6 +50,9 @@ class Machine:
                     self.replies[ticket] = action
                 case ev.Close():
                     self.closed_images += 1
+                case ev.Discard(slots):
+                    for slot in slots:
+                        del self.swapped[slot]
                 case _:
                     self.pending.append(action)
                     if isinstance(action, ev.Run):
@@ -75,9 +80,16 @@ class Machine:
             self.post(ev.Completed(operation.id, result))
 
     def settle(self) -> None:
-        """Complete operations in order until nothing is in flight."""
-        while self.pending:
-            self.complete()
+        """Complete operations in order, and let time pass, until nothing is in flight and nothing waits for time."""
+        for _ in range(10_000):
+            if self.pending:
+                self.complete()
+            elif self.core.wakeup is not None:
+                self.now = max(self.now, self.core.wakeup - 1.0)
+                self.post()
+            else:
+                return
+        raise AssertionError("it never comes to rest")
 
     def until(self, kind: type) -> None:
         """Complete operations until one of `kind` is the next."""
@@ -113,7 +125,7 @@ class Machine:
             Sample(uniform=uniform(drawn, position), temperature=sampling.temperature or 0)
             for position in range(start, len(prompt) + (sampling.max_tokens or 10**6))
         )
-        return list(reference(image, Process(0, request, 0, 0.0).salt, prompt + inherited, samples))
+        return list(reference(image, salt_of(request.tenant), prompt + inherited, samples))
 
     def _perform(self, operation: ev.Operation) -> Any:
         future: Future[Any]
@@ -127,6 +139,22 @@ class Machine:
                 future = self.driver.load(model, image, placement)
             case ev.Unload(_, model):
                 future = self.driver.unload(model)
+            case ev.Release(_, model):
+                future = self.driver.release(model)
+            case ev.Prefetch(_, model, image):
+                future = self.driver.prefetch(model, image)
+            case ev.SwapOut(_, model, pages, slots):
+                contents = self.driver.swap_out(model, pages).result(0)
+                self.swapped.update(zip(slots, contents, strict=True))
+                return None
+            case ev.SwapIn(_, model, slots, pages):
+                self.driver.swap_in(model, pages, tuple(self.swapped[slot] for slot in slots)).result(0)
+                return (True,) * len(slots)
+            case ev.Demote():
+                return None
+            case ev.Journal(_, records):
+                self.journal += records
+                return None
             case ev.Run(_, batch):
                 future = self.driver.run(batch)
             case ev.Copy(_, model, moves):

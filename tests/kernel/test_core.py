@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -43,9 +44,9 @@ def test_a_page_freed_under_a_running_batch_waits_for_the_batch(machine: Any) ->
     m.until(ev.Run)
     m.post(ev.Kill(1))
     assert m.end(1) == "cancelled"
-    assert m.core.residency.memory_info().kv > 0
+    assert m.core.memory_info().kv > 0
     m.complete()
-    assert m.core.residency.memory_info().kv == 0
+    assert m.core.memory_info().kv == 0
 
 
 @pytest.mark.parametrize("moment", [ev.Open, ev.Encode, ev.Load, ev.Run])
@@ -56,7 +57,7 @@ def test_a_cancel_in_any_state_leaves_nothing_behind(machine: Any, moment: type)
     m.post(ev.Kill(1), ev.Kill(1))
     m.settle()
     assert m.end(1) == "cancelled" and not m.core.processes
-    assert m.core.residency.memory_info().kv == 0
+    assert m.core.memory_info().kv == 0
     m.submit(2)
     m.settle()
     assert m.tokens(2) == m.expected(2)
@@ -65,10 +66,16 @@ def test_a_cancel_in_any_state_leaves_nothing_behind(machine: Any, moment: type)
 def test_when_pages_run_out_the_newest_gives_way_and_still_answers_the_same(machine: Any) -> None:
     m = machine(memory=6 * 2**20, page_tokens=4)
     for pid in range(1, 7):
-        m.submit(pid, "y" * 20, sampling={"max_tokens": 40})
+        m.submit(pid, f"{pid}" * 20, sampling={"max_tokens": 40})
     m.settle()
-    started = [sequence.pid for run in m.runs for sequence in run.batch.sequences if sequence.position == 0]
-    assert started.count(6) > 1 and started.count(1) == 1, "the newest lost its pages, the oldest never"
+    fed = Counter(
+        (rows.pid, position)
+        for run in m.runs
+        for rows in run.batch.sequences
+        for position in range(rows.position, rows.position + len(rows.tokens))
+    )
+    twice = {pid for (pid, _), count in fed.items() if count > 1}
+    assert 6 in twice and 1 not in twice, "the newest lost pages, the oldest never"
     for pid in range(1, 7):
         assert m.end(pid) == "length" and m.tokens(pid) == m.expected(pid)
 
@@ -127,7 +134,7 @@ def test_a_kill_reaches_a_fork_that_waits_for_its_parents_batch(machine: Any, ki
     m.settle()
     assert m.end(killed) == "cancelled" and m.tokens(killed) == []
     assert m.end(3 - killed) == ("RequestError" if killed == 1 else "length")
-    assert m.core.residency.memory_info().kv == 0
+    assert m.core.memory_info().kv == 0
 
 
 @pytest.mark.parametrize("rows", [(), (None,), ("junk",)])
@@ -229,10 +236,10 @@ def test_an_open_ended_answer_ends_with_length_when_memory_is_full(machine: Any)
     m.submit(1, "x" * 10, sampling={"max_tokens": None})
     m.settle()
     assert m.end(1) == "length" and 50 < len(m.tokens(1)) < 200
-    assert m.core.residency.memory_info().kv == 0
+    assert m.core.memory_info().kv == 0
 
 
-def test_memory_that_a_starved_process_frees_goes_to_who_waits_for_it(machine: Any) -> None:
+def test_a_process_that_needs_all_memory_gets_it_from_other_models_and_then_they_are_served(machine: Any) -> None:
     models = [f"sim:{name}?layer_bytes=65536" for name in "ab"]
     m = machine(
         memory=14 * 65536, page_tokens=1, batch_tokens=2
@@ -241,8 +248,7 @@ def test_memory_that_a_starved_process_frees_goes_to_who_waits_for_it(machine: A
     m.until(ev.Run)
     m.submit(2, "p", models[1], sampling={"max_tokens": 1})
     m.settle()
-    assert m.end(1) == "Refused" and "memory is full" in m.error(1)
-    assert m.tokens(2) == m.expected(2)
+    assert m.tokens(1) == m.expected(1) and m.tokens(2) == m.expected(2)
 
 
 def test_a_full_queue_refuses_at_once(machine: Any) -> None:
@@ -285,7 +291,7 @@ def test_a_failed_batch_ends_its_requests_and_the_next_one_runs(machine: Any) ->
     m.mangle = lambda operation, result: result
     m.submit(2)
     m.settle()
-    assert m.tokens(2) == m.expected(2) and m.core.residency.memory_info().kv == 0
+    assert m.tokens(2) == m.expected(2) and m.core.memory_info().kv == 0
 
 
 def test_a_failed_load_gives_its_memory_back(machine: Any) -> None:
@@ -299,7 +305,7 @@ def test_a_failed_load_gives_its_memory_back(machine: Any) -> None:
     m.mangle = mangle
     m.complete()
     assert isinstance(m.replies[5].error, DriverError)
-    assert m.core.residency.memory_info().free == m.core.residency.memory_info().total and m.closed_images == 1
+    assert m.core.memory_info().free == m.core.memory_info().total and m.closed_images == 1
 
 
 def test_unload_is_refused_while_processes_live_and_gives_all_back_after(machine: Any) -> None:
@@ -311,7 +317,7 @@ def test_unload_is_refused_while_processes_live_and_gives_all_back_after(machine
     m.post(ev.Kill(1), ev.UnloadModel(2, "sim:a"))
     assert 2 not in m.replies, "a batch in flight still names its pages"
     m.settle()
-    assert m.replies[2].error is None and m.core.residency.memory_info().free == m.core.residency.memory_info().total
+    assert m.replies[2].error is None and m.core.memory_info().free == m.core.memory_info().total
     m.post(ev.UnloadModel(3, "sim:a"))
     assert "not loaded" in str(m.replies[3].error)
 
@@ -351,7 +357,7 @@ def test_halt_at_any_moment_ends_everything(machine: Any, moment: type) -> None:
     m.submit(2)
     m.settle()
     assert m.core.halted and m.end(1) == "Closed" and m.end(2) == "Closed"
-    assert m.core.residency.memory_info().free == m.core.residency.memory_info().total and 9 in m.replies
+    assert m.core.memory_info().free == m.core.memory_info().total and 9 in m.replies
 
 
 def test_stop_strings_end_the_answer_and_are_not_part_of_it(machine: Any) -> None:
@@ -379,7 +385,7 @@ def test_an_unloaded_model_keeps_its_image_until_its_file_changes(machine: type[
     m.settle()
     m.post(ev.UnloadModel(2, "sim:a"))
     m.settle()
-    assert m.closed_images == 0 and m.core.residency.memory_info().free == m.core.residency.memory_info().total
+    assert m.closed_images == 0 and m.core.memory_info().free == m.core.memory_info().total
     m.submit(1)
     assert m.pending[0].image is not None, "it is asked whether it is still what the name stands for"
     m.mangle = lambda operation, result: (

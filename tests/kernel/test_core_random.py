@@ -76,7 +76,7 @@ def test_any_life_of_many_processes_gives_each_the_tokens_of_a_lone_run(
         assert got == expected[: len(got)], f"process {pid} read a cell that is not its own"
         if reason in ("length", "stop"):
             assert got == expected
-    assert not m.core.processes and m.core.residency.memory_info().kv == 0
+    assert not m.core.processes and m.core.memory_info().kv == 0
     m.post(ev.Halt())
     m.settle()
-    assert m.core.halted and m.core.residency.memory_info().free == m.core.residency.memory_info().total
+    assert m.core.halted and m.core.memory_info().free == m.core.memory_info().total

@@ -1,0 +1,156 @@
+"""What each tenant has had, and what it may have: fair share by a virtual token counter, and quotas.
+
+Fair share follows VTC (Sheng et al., "Fairness in serving large language models", OSDI 2024): a tenant's counter grows
+by the tokens that it was served, an answer's token counting twice a prompt's, divided by its weight; whoever is to be
+admitted next comes from the tenant with the lowest counter; who comes back after a pause starts at the lowest counter
+of those that are here, so nobody saves up. Unlike the paper, tokens found in the prefix cache cost nothing, and tokens
+computed again after a preemption cost nothing the second time.
+
+Quotas are reserved when a request is admitted and settled when it ends: used + reserved <= quota at every moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llm_os.kernel.config import Tenant
+from llm_os.kernel.errors import Refused
+
+INPUT, OUTPUT = 1.0, 2.0  # the cost of a token, as in the paper
+_REMEMBERED = 4096  # tenants without processes whose counters are kept
+
+
+@dataclass(eq=False, slots=True)
+class Account:
+    """One tenant's figures."""
+
+    name: str
+    limits: Tenant
+    counter: float = 0.0
+    processes: int = 0  # live
+    used_tokens: int = 0  # of processes that have ended
+    reserved_tokens: int = 0
+    reserved_pages: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Reservation:
+    """What one process may still use."""
+
+    account: Account
+    tokens: int = 0
+    pages: int = 0
+
+
+class Accounting:
+    """The accounts of all tenants."""
+
+    def __init__(self, tenants: Mapping[str, Tenant]) -> None:
+        self._limits = tenants
+        self._accounts: dict[str, Account] = {}
+        self._floor = 0.0  # the lowest counter when last somebody was here
+
+    def counter(self, tenant: str) -> float:
+        return self._accounts[tenant].counter
+
+    def enter(self, tenant: str) -> Reservation:
+        """A process arrives. Raises Refused if its tenant has as many as it may."""
+        account = self._accounts.get(tenant)
+        if account is None:
+            self._forget_some()
+            account = self._accounts[tenant] = Account(tenant, self._limits.get(tenant, Tenant()))
+        most = account.limits.max_processes
+        if most is not None and account.processes >= most:
+            raise Refused(f"tenant {tenant!r} has {account.processes} live processes, the most that its quota allows")
+        if not account.processes:
+            here = [other.counter for other in self._accounts.values() if other.processes]
+            self._floor = min(here, default=self._floor)
+            account.counter = max(account.counter, self._floor)
+        account.processes += 1
+        return Reservation(account)
+
+    def reserve(self, reservation: Reservation, prompt: int, answer: int | None, page_tokens: int) -> int | None:
+        """Set aside the tokens and pages of a request; `answer` None is an open end. Returns how long the answer may be
+        at most, None for any length. Raises Refused, reserving nothing."""
+        account = reservation.account
+        limits = account.limits
+        most = answer
+        if limits.max_tokens is not None:
+            left = limits.max_tokens - account.used_tokens - account.reserved_tokens
+            if prompt + (answer or 1) > left:
+                raise Refused(
+                    f"tenant {account.name!r} has {left} of its {limits.max_tokens} tokens left; the request needs "
+                    f"{prompt + (answer or 1)}"
+                )
+            most = left - prompt if answer is None else answer
+        if limits.max_pages is not None:
+            left = limits.max_pages - account.reserved_pages
+            needed = -(-(prompt + (answer or 1)) // page_tokens)
+            if needed > left:
+                raise Refused(
+                    f"tenant {account.name!r} has {left} of its {limits.max_pages} KV pages left; the request needs "
+                    f"{needed} of {page_tokens} tokens each"
+                )
+            if answer is None:
+                fitting = left * page_tokens - prompt
+                most = fitting if most is None else min(most, fitting)
+        total = prompt + (most or 0)
+        if limits.max_tokens is not None:
+            reservation.tokens = total
+            account.reserved_tokens += total
+        if limits.max_pages is not None:
+            reservation.pages = -(-total // page_tokens)
+            account.reserved_pages += reservation.pages
+        return most
+
+    def extend(self, reservation: Reservation, tokens: int, total: int, page_tokens: int) -> None:
+        """So many more tokens, `total` of that process then. Raises Refused, reserving nothing."""
+        account = reservation.account
+        limits = account.limits
+        pages = max(0, -(-total // page_tokens) - reservation.pages)
+        if limits.max_tokens is not None:
+            left = limits.max_tokens - account.used_tokens - account.reserved_tokens
+            if tokens > left:
+                raise Refused(f"tenant {account.name!r} has {left} of its {limits.max_tokens} tokens left")
+        if limits.max_pages is not None and account.reserved_pages + pages > limits.max_pages:
+            raise Refused(f"tenant {account.name!r} has used up its {limits.max_pages} KV pages")
+        if limits.max_tokens is not None:
+            reservation.tokens += tokens
+            account.reserved_tokens += tokens
+        if limits.max_pages is not None:
+            reservation.pages += pages
+            account.reserved_pages += pages
+
+    def settle(self, reservation: Reservation, used: int) -> None:
+        """A process ended after `used` tokens: what it did not use is free for others."""
+        account = reservation.account
+        account.processes -= 1
+        account.reserved_tokens -= reservation.tokens
+        account.reserved_pages -= reservation.pages
+        if account.limits.max_tokens is not None:
+            account.used_tokens += min(used, reservation.tokens)
+        reservation.tokens = reservation.pages = 0
+
+    def charge(self, tenant: str, prompt_tokens: int, answer_tokens: int) -> None:
+        """A tenant was served."""
+        account = self._accounts[tenant]
+        account.counter += (INPUT * prompt_tokens + OUTPUT * answer_tokens) / account.limits.weight
+
+    def check(self) -> None:
+        for account in self._accounts.values():
+            limits = account.limits
+            assert min(account.processes, account.reserved_tokens, account.reserved_pages) >= 0
+            for most, now in (
+                (limits.max_processes, account.processes),
+                (limits.max_tokens, account.used_tokens + account.reserved_tokens),
+                (limits.max_pages, account.reserved_pages),
+            ):
+                assert most is None or now <= most, f"tenant {account.name!r} is over its quota"
+
+    def _forget_some(self) -> None:
+        """Tenants that have gone, and whose counters are no higher than anybody's would be who comes now."""
+        if len(self._accounts) > _REMEMBERED:
+            gone = [a for a in self._accounts.values() if not a.processes and a.name not in self._limits]
+            for account in gone[: len(gone) // 2]:
+                del self._accounts[account.name]

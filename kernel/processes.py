@@ -1,0 +1,497 @@
+"""The process table: how processes come, change and end, and what their streams are told. Knows no weights, no frames.
+
+submit ──> NEW ──encode──> READY ──> … ──> ended, told once, pages back as soon as nothing in flight names them
+fork, restore ─────────────^
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from heapq import heappop, heappush
+
+from llm_os.kernel import events as ev
+from llm_os.kernel.accounting import Accounting
+from llm_os.kernel.config import Config
+from llm_os.kernel.driver import Batch, Row, RowError, Sampled
+from llm_os.kernel.errors import Closed, DriverError, Error, ModelError, Refused, RequestError, as_error
+from llm_os.kernel.flights import Flights
+from llm_os.kernel.journal import Began, Blocked, Done, Given, Record, Took
+from llm_os.kernel.memory import Page
+from llm_os.kernel.outbox import Outbox
+from llm_os.kernel.page_table import PageTable
+from llm_os.kernel.pager import Pager
+from llm_os.kernel.process import Process, ProcessInfo, State
+from llm_os.kernel.request import Chunk, FinishReason
+from llm_os.kernel.residency import Model, Residency, Where
+from llm_os.kernel.scheduler import Scheduler
+
+
+class Processes:
+    """Every process that has not ended, and those that have but are still named by an operation in flight."""
+
+    def __init__(
+        self,
+        config: Config,
+        flights: Flights,
+        outbox: Outbox,
+        pager: Pager,
+        residency: Residency,
+        scheduler: Scheduler,
+        accounting: Accounting,
+    ) -> None:
+        self.live: dict[int, Process] = {}  # in order of arrival
+        self.zombies: dict[int, Process] = {}
+        self.halting = False
+        self._queue_limit = config.queue_limit
+        self._queue_s = config.queue_s
+        self._flights = flights
+        self._outbox = outbox
+        self._pager = pager
+        self._residency = residency
+        self._scheduler = scheduler
+        self._accounting = accounting
+        self._deadlines: list[tuple[float, int]] = []  # heap of (time, pid); entries may be out of date
+        self._restoring: dict[int, ev.Restore] = {}
+        self._last_end: float | None = None
+        self._between_ends = 1.0  # seconds, moving average: what a refused caller is told to wait
+
+    @property
+    def next_deadline(self) -> float | None:
+        while self._deadlines and self._deadlines[0][1] not in self.live:
+            heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def of(self, model: Model) -> list[Process]:
+        return [process for process in self.live.values() if process.request.model == model.name]
+
+    # -- beginnings --------------------------------------------------------------------------------------------------
+
+    def submit(self, event: ev.Submit) -> None:
+        request = event.request
+        seed = event.seed if request.sampling.seed is None else request.sampling.seed
+        process = Process(event.pid, request, seed, self._flights.now, nice=request.nice)
+        if self._enter(process):
+            self._begin(process)
+
+    def fork(self, event: ev.Fork) -> None:
+        parent = self.live.get(event.parent)
+        if parent is None or (parent.table is None and not event.from_prompt):
+            missing = f"process {event.parent} has ended or has not started; only a running process can fork"
+            self._flights.emit(ev.Deliver(event.pid, error=RequestError(missing)))
+            return
+        child = Process(event.pid, parent.request, event.seed, self._flights.now, parent.pid, parent.nice)
+        child.from_prompt = event.from_prompt
+        if self._enter(child):
+            parent.forks.append(child)
+            self._branch(parent)
+
+    def restore(self, event: ev.Restore) -> None:
+        began = event.session.began
+        process = Process(event.pid, began.request, began.seed, self._flights.now, nice=began.request.nice)
+        if self._enter(process):
+            self._restoring[event.pid] = event
+            self._begin(process)
+
+    def _enter(self, process: Process) -> bool:
+        """Into the table, if there is room for it."""
+        if process.pid in self.live or process.pid in self.zombies:
+            return False
+        try:
+            if self.halting:
+                raise Closed("the kernel is closed")
+            if len(self.live) >= self._queue_limit:
+                wait = self._between_ends
+                raise Refused(
+                    f"{len(self.live)} processes are live, the most that queue_limit allows; try again in {wait:.2g} s",
+                    wait,
+                )
+            process.reservation = self._accounting.enter(process.request.tenant)
+        except Error as refusal:
+            self._flights.emit(ev.Deliver(process.pid, error=refusal))
+            return False
+        self.live[process.pid] = process
+        self._residency.open(process.request.model).live += 1
+        request = process.request
+        queue_s = self._queue_s if request.queue_s is None else request.queue_s
+        for limit in (queue_s, request.deadline_s):
+            if limit is not None:
+                heappush(self._deadlines, (process.submitted + limit, process.pid))
+        return True
+
+    def _begin(self, process: Process) -> None:
+        model = self._residency.models[process.request.model]
+        if model.where is not Where.OPENING and not model.leaving:
+            self._encode(process, model)
+
+    def opened(self, model: Model) -> None:
+        """The image is there: go on with who waits for it."""
+        for process in self.of(model):
+            if process.image is None and process.parent is None:  # a child waits for its parent
+                self._encode(process, model)
+
+    def _encode(self, process: Process, model: Model) -> None:
+        assert model.image is not None
+        process.image = model.image
+        restored = self._restoring.pop(process.pid, None)
+        if restored is not None:
+            self._continue(process, restored)
+        else:
+            self._flights.start(ev.Encode(self._flights.next_id(), model.image, process.request), (process,))
+
+    def encoded(self, process: Process, event: ev.Completed) -> None:
+        if process.state is State.ENDED:
+            return
+        tokens = event.result
+        error = event.error
+        if error is None and not isinstance(tokens, list):
+            error = RequestError(f"the tokenizer gave {type(tokens).__name__}, no list of token ids")
+        if error is not None:
+            self.fail(process, as_error(error, RequestError))
+            return
+        try:
+            process.admit(tokens)
+            self._reserve(process)
+        except Exception as failure:  # the image is a plugin's code
+            self.fail(process, as_error(failure, RequestError))
+            return
+        self._outbox.note(Began(process.pid, process.request, process.seed, tuple(process.tokens)))
+        self._ready(process)
+
+    def _reserve(self, process: Process) -> None:
+        """Set aside what it may use. Raises Refused for what could never be had, or not now."""
+        model = self._residency.models[process.request.model]
+        assert model.slab is not None and process.reservation is not None
+        answer = process.request.sampling.max_tokens
+        self._residency.check_size(model)
+        self._residency.check_room(model, process.prompt_tokens, answer or 1)
+        most = self._accounting.reserve(process.reservation, len(process.tokens), answer, model.slab.page_tokens)
+        if most is not None:
+            process.max_tokens = min(process.max_tokens, most)
+
+    def _ready(self, process: Process) -> None:
+        """It has tokens: from now on it waits for its turn."""
+        model = self._residency.models[process.request.model]
+        assert model.slab is not None
+        process.state = State.READY
+        if process.table is None:
+            process.table = PageTable(model.slab)
+        if model.where is not Where.ON_DEVICE:
+            process.faulted = self._flights.now
+        self._residency.touch(model)
+        self._scheduler.enqueue(process, self._flights.now)
+        self._branch(process)
+        self._stop(process)
+
+    def _continue(self, process: Process, event: ev.Restore) -> None:
+        """A process of an earlier life: take again what it took."""
+        session = event.session
+        took = [record for record in session.since if not isinstance(record, Blocked)]
+        try:
+            process.admit(list(session.began.prompt))
+            self._reserve(process)
+            chunk = process.replay(took, self._flights.now)
+        except Exception as error:  # the model file may be another one now
+            self.fail(process, as_error(error, RequestError))
+            return
+        if chunk is not None and chunk.finish_reason is not None:
+            self.end(process, chunk.finish_reason, chunk, restored=True)
+            return
+        if chunk is not None:
+            self._outbox.say(ev.Deliver(process.pid, chunk))
+        self._ready(process)
+        if session.since and isinstance(session.since[-1], Blocked):
+            self._block(process)
+
+    # -- forks -------------------------------------------------------------------------------------------------------
+
+    def _branch(self, parent: Process) -> None:
+        """Let children begin that waited for this process to stand still, or for its prompt to be computed."""
+        if not parent.forks or parent.flights:
+            return
+        children, parent.forks = parent.forks, []
+        for child in children:
+            if child.state is State.ENDED:
+                continue
+            over = parent.state is State.ENDED
+            if child.from_prompt and not over and parent.computed < parent.prompt_tokens:
+                parent.forks.append(child)
+            elif parent.image is None or not parent.tokens or (over and not child.from_prompt):
+                self.fail(child, RequestError(f"process {parent.pid} ended before it could be forked"))
+            else:
+                self._share(parent, child)
+
+    def _share(self, parent: Process, child: Process) -> None:
+        """The child begins with what the parent has."""
+        child.image = parent.image
+        history: list[Took | Given] = []
+        try:
+            child.admit(parent.tokens[: parent.prompt_tokens])
+            if not child.from_prompt:
+                history = parent.history()
+                child.replay(history, self._flights.now)
+            self._reserve(child)
+        except Exception as error:  # no quota, or a plugin's code
+            self.fail(child, as_error(error, RequestError))
+            return
+        self._outbox.note(Began(child.pid, child.request, child.seed, tuple(child.tokens[: child.prompt_tokens])))
+        for record in history:
+            renamed = Took(child.pid, record.tokens, record.logprobs) if isinstance(record, Took) else record
+            self._outbox.note(renamed if isinstance(renamed, Took) else Given(child.pid, renamed.tokens))
+        if parent.table is not None and parent.state is not State.ENDED:
+            table = child.table = PageTable(parent.table.slab)
+            child.computed = min(parent.computed, len(child.tokens) - 1)
+            for page in parent.table.pages[: table.slab.pages_for(child.computed)]:
+                table.add(page)
+            table.keys = parent.table.keys[: child.computed // table.slab.page_tokens]
+            child.charged = child.computed
+            child.cached = min(child.computed, child.prompt_tokens)
+        self._ready(child)
+
+    # -- changes -----------------------------------------------------------------------------------------------------
+
+    def kill(self, event: ev.Kill) -> None:
+        if process := self.live.get(event.pid):
+            self.end(process, "cancelled")
+        if event.ticket is not None:
+            self._reply(event.ticket)
+
+    def renice(self, event: ev.Renice) -> None:
+        process = self.live.get(event.pid)
+        if process is not None:
+            self._scheduler.renice(process, event.nice)
+        self._reply(event.ticket, None if process else RequestError(f"there is no process {event.pid}"))
+
+    def block(self, event: ev.Block) -> None:
+        process = self.live.get(event.pid)
+        if process is None:
+            self._reply(event.ticket, RequestError(f"there is no process {event.pid}"))
+        elif process.blocking is not None or process.state is State.BLOCKED:
+            self._reply(event.ticket, RequestError(f"process {event.pid} is blocked already"))
+        else:
+            process.blocking = event.ticket
+            process.resumes = None if event.expected_s is None else self._flights.now + event.expected_s
+            self._stop(process)
+
+    def _stop(self, process: Process) -> None:
+        """Block it, if that was asked for and no batch is computing its next token."""
+        if process.blocking is not None and process.state is State.READY:
+            ticket, process.blocking = process.blocking, None
+            self._block(process)
+            self._outbox.say(ev.Reply(ticket), Blocked(process.pid))
+
+    def _block(self, process: Process) -> None:
+        process.state = State.BLOCKED
+        self._scheduler.withdraw(process)
+        self._residency.models[process.request.model].blocked += 1
+
+    def unblock(self, event: ev.Unblock) -> None:
+        process = self.live.get(event.pid)
+        try:
+            if process is None:
+                raise RequestError(f"there is no process {event.pid}")
+            if process.state is not State.BLOCKED:
+                raise RequestError(f"process {event.pid} is not blocked")
+            process.check_gift(event.tokens)
+            assert process.reservation is not None and process.table is not None
+            size = process.table.slab.page_tokens
+            total = len(process.tokens) + len(event.tokens) + process.max_tokens - len(process.generated)
+            self._accounting.extend(process.reservation, len(event.tokens), total, size)
+        except Error as error:
+            self._reply(event.ticket, error)
+            return
+        process.give(event.tokens)
+        process.state, process.resumes = State.READY, None
+        self._residency.models[process.request.model].blocked -= 1
+        self._scheduler.enqueue(process, self._flights.now)
+        self._outbox.say(ev.Reply(event.ticket), Given(process.pid, event.tokens))
+
+    def expire(self, now: float) -> None:
+        """End those whose time is up."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, pid = heappop(self._deadlines)
+            process = self.live.get(pid)
+            if process is None:
+                continue
+            request = process.request
+            queue_s = self._queue_s if request.queue_s is None else request.queue_s
+            if request.deadline_s is not None and now >= process.submitted + request.deadline_s:
+                self.end(process, "deadline")
+            elif queue_s is not None and process.admitted is None and now >= process.submitted + queue_s:
+                waited = f"it waited {now - process.submitted:.3g} s and has not run; queue_s allows {queue_s:g} s"
+                self.fail(process, Refused(f"{waited}; try again later", self._between_ends))
+
+    # -- a batch has run ---------------------------------------------------------------------------------------------
+
+    def ran(self, batch: Batch, processes: tuple[Process, ...], event: ev.Completed, seconds: float) -> None:
+        rows, error = event.result, event.error
+        if error is None and (not isinstance(rows, tuple) or len(rows) != len(processes)):
+            count = len(rows) if isinstance(rows, tuple) else f"{type(rows).__name__}, not"
+            error = DriverError(f"the driver answered {count} rows to a batch of {len(processes)}")
+        if error is None:
+            fed_tokens = sum(len(fed.tokens) for fed in batch.sequences)
+            sampled = any(fed.sample is not None for fed in batch.sequences)
+            self._residency.computed(batch.model, fed_tokens, sampled, seconds)
+        for index, (process, fed) in enumerate(zip(processes, batch.sequences, strict=True)):
+            if process.state is State.ENDED:
+                continue
+            process.state = State.READY
+            if error is not None:
+                self.fail(process, as_error(error, DriverError))
+            else:
+                self._advance(process, len(fed.tokens), rows[index], fed.sample is not None)
+
+    def _advance(self, process: Process, fed: int, row: Row, sampled: bool) -> None:
+        """Its KV has grown, and there may be one more token of the answer, or the end of it."""
+        if (sampled and not isinstance(row, Sampled)) or isinstance(row, RowError):
+            self._pager.distrust(process)
+            message = row.message if isinstance(row, RowError) else "the driver gave no token for a row"
+            self.fail(process, DriverError(message))
+            return
+        process.computed += fed
+        given = process.foreign(process.charged, process.computed)
+        process.charged = max(process.charged, process.computed)
+        self._accounting.charge(process.request.tenant, given, int(sampled))
+        self._pager.list_full(process)
+        if not isinstance(row, Sampled) or not sampled:
+            return
+        try:
+            chunk = process.append(row, self._flights.now)
+        except Exception as error:  # the image's decoder is a plugin's code: it may fail its process, not the kernel
+            self.fail(process, as_error(error, ModelError))
+            return
+        if chunk.finish_reason is not None:
+            self.end(process, chunk.finish_reason, chunk)
+        else:
+            self._outbox.say(ev.Deliver(process.pid, chunk), _took(process.pid, chunk))
+
+    def landed(self, process: Process) -> None:
+        """An operation that named it has landed."""
+        if process.flights:
+            return
+        if process.state is State.ENDED:
+            if self.zombies.pop(process.pid, None) is not None:
+                self._pager.release(process)
+                self._branch(process)
+            return
+        self._branch(process)
+        self._stop(process)
+        self._scheduler.note_pages(process)
+
+    # -- ends --------------------------------------------------------------------------------------------------------
+
+    def end(self, process: Process, reason: FinishReason, last: Chunk | None = None, restored: bool = False) -> None:
+        """The process has its answer, or as much of it as there will be. One that ended of itself stays in the journal
+        until its reader has it all."""
+        self.remove(process)
+        records: list[Record] = []
+        if last is None:
+            last = Chunk(text=process.flush(), finish_reason=reason)
+        elif last.token_ids and reason in ("stop", "length") and not restored:
+            records.append(_took(process.pid, last))
+        if reason not in ("stop", "length"):
+            records.append(Done(process.pid))
+        self._outbox.say(ev.Deliver(process.pid, last, process.completion(reason, self._flights.now)), *records)
+
+    def fail(self, process: Process, error: Exception, keep: bool = False) -> None:
+        """It ends with an error. `keep` leaves it in the journal, to go on in the kernel's next life."""
+        self.remove(process)
+        records = () if keep or not process.tokens else (Done(process.pid),)
+        self._outbox.say(ev.Deliver(process.pid, error=error), *records)
+
+    def forget(self, event: ev.Forget) -> None:
+        if event.pid not in self.live:
+            self._outbox.note(Done(event.pid))
+
+    def remove(self, process: Process) -> None:
+        """Out of the table; its pages follow when nothing in flight names them."""
+        del self.live[process.pid]
+        self._restoring.pop(process.pid, None)
+        model = self._residency.models[process.request.model]
+        model.live -= 1
+        model.blocked -= process.state is State.BLOCKED
+        process.state = State.ENDED
+        self._scheduler.withdraw(process)
+        assert process.reservation is not None
+        self._accounting.settle(process.reservation, process.charged)
+        if process.blocking is not None:
+            self._reply(process.blocking, RequestError(f"process {process.pid} ended before it could be blocked"))
+            process.blocking = None
+        if self._last_end is not None:
+            self._between_ends += 0.2 * (self._flights.now - self._last_end - self._between_ends)
+        self._last_end = self._flights.now
+        if process.flights:
+            self.zombies[process.pid] = process
+        else:
+            self._pager.release(process)
+            self._branch(process)
+
+    def _reply(self, ticket: int, error: Exception | None = None) -> None:
+        self._flights.emit(ev.Reply(ticket, error))
+
+    # -- bookkeeping -------------------------------------------------------------------------------------------------
+
+    def infos(self, now: float) -> list[ProcessInfo]:
+        models = self._residency.models
+        there = {name for name, model in models.items() if model.where is Where.ON_DEVICE}
+        return [process.info(now, process.request.model in there) for process in self.live.values()]
+
+    def check(self) -> None:
+        """Recounts references, and looks at every process. Raises AssertionError."""
+        references: Counter[int] = Counter()
+        pages: dict[int, Page] = {}
+        for process in (*self.live.values(), *self.zombies.values()):
+            table = process.table
+            if table is not None:
+                for page in table.pages:
+                    references[id(page)] += 1
+                    pages[id(page)] = page
+                    assert page.slab is table.slab, "a page of another model"
+                assert process.computed <= len(table.pages) * table.slab.page_tokens
+                assert len(table.keys) <= len(table.pages)
+        demoting = 0
+        for flight in self._flights:
+            for page in flight.pages:
+                references[id(page)] += 1
+                pages[id(page)] = page
+            if isinstance(flight.operation, ev.Demote):
+                demoting += sum(page.slab.page_bytes for page in flight.pages)
+            if isinstance(flight.operation, ev.Run):
+                self._check_run(flight.operation.batch, flight.processes)
+        for page in self._pager.cache:
+            pages[id(page)] = page
+        for page in pages.values():
+            assert page.references == references[id(page)], "references of a page disagree"
+            assert page.references or page.cached, "a page that nobody knows"
+            assert page.number is None or page.slab.pages[page.number] is page
+        for slab in self._pager.memory.slabs.values():
+            for page in slab.pages.values():
+                assert id(page) in pages, "a page on the device that nobody knows"
+        self._check_swap(pages, demoting)
+        self._pager.cache.check()
+        self._accounting.check()
+        for process in self.live.values():
+            assert process.state is not State.ENDED
+            assert process.computed < max(1, len(process.tokens)), "nothing is left to feed"
+            assert process.active <= (process.state in (State.READY, State.RUNNING))
+            assert len(process.generated) <= process.max_tokens or not process.tokens
+        for process in self.zombies.values():
+            assert process.state is State.ENDED and process.flights
+
+    def _check_run(self, batch: Batch, processes: tuple[Process, ...]) -> None:
+        for fed, process in zip(batch.sequences, processes, strict=True):
+            assert process.flights and process.table is not None
+            assert fed.pages == tuple(page.number for page in process.table.pages), "a page moved under a batch"
+            assert fed.salt == process.salt
+            for page in process.table.pages[fed.position // process.table.slab.page_tokens :]:
+                assert page.references == 1 and not page.cached, "a shared page is being written"
+
+    def _check_swap(self, pages: dict[int, Page], demoting: int) -> None:
+        slots = {page.slot: page for page in pages.values() if page.slot is not None}
+        for flight in self._flights:
+            if isinstance(flight.operation, ev.SwapOut):
+                slots.update(zip(flight.operation.slots, flight.pages, strict=True))
+        self._pager.swap.check(slots, demoting)
+
+
+def _took(pid: int, chunk: Chunk) -> Took:
+    return Took(pid, chunk.token_ids, tuple((entry.logprob, entry.top) for entry in chunk.logprobs))
