@@ -128,7 +128,7 @@ class Core:
             self._reply(event.ticket, Refused(busy))
         else:
             model.unload_tickets.append(event.ticket)
-            model.pinned = False
+            model.pinned = model.stuck = False
 
     def _pin(self, event: ev.Pin) -> None:
         model = self.residency.models.get(event.model)
@@ -211,9 +211,11 @@ class Core:
         self.residency.loaded(model, seconds)
 
     def _unloaded(self, model: Model, event: ev.Completed) -> None:
-        self.residency.evicted(model)
-        if event.error is not None:
-            self._fail_model(model, as_error(event.error, DriverError))
+        if event.error is None or self.halting:  # closing the driver will free what it could not unload
+            self.residency.evicted(model)
+        else:
+            self.residency.not_evicted(model, as_error(event.error, DriverError))
+            self.table.opened(model)
 
     def _released(self, model: Model, event: ev.Completed) -> None:
         self.residency.released(model)

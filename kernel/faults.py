@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from llm_os.kernel import events as ev
-from llm_os.kernel.errors import Error
+from llm_os.kernel.errors import Error, Refused
 from llm_os.kernel.flights import Flights
 from llm_os.kernel.memory import Memory
 from llm_os.kernel.pager import Pager
@@ -52,14 +52,15 @@ class Faults:
         for order, model in sorted(self._wanted(models, now), key=lambda pair: pair[0]):
             try:
                 self._residency.check_size(model)
+                if self._needy is not None and not self._may_come(model, order, self._needy, now):
+                    continue
+                if self._bring(model, order, now, processes):
+                    continue
             except Error as error:
                 fail(model, error)
                 continue
-            if self._needy is not None and not self._may_come(model, order, self._needy, now):
-                continue
-            if not self._bring(model, order, now, processes):
-                self._residency.fetch(model)
-                return None if self._waits else order
+            self._residency.fetch(model)
+            return None if self._waits else order
         return None
 
     def _may_come(self, model: Model, order: Order, needy: Process, now: float) -> bool:
@@ -71,13 +72,13 @@ class Faults:
         urgency = self._scheduler.urgency(needy, now)
         if self._nice(model) >= urgency:
             ends = self._residency.slice_ends(holder, model)
-            if holder.pinned or order[0] > urgency:
+            if holder.fixed or order[0] > urgency:
                 return False
             if now < ends:
                 self._wait(ends)
                 return False
         self._needy = None
-        if holder.where is Where.ON_DEVICE and not holder.pinned:
+        if holder.where is Where.ON_DEVICE and not holder.fixed:
             self.displace(holder, now)
         return True
 
@@ -109,37 +110,45 @@ class Faults:
         if 0 < missing <= self._memory.reclaimable:
             self._pager.free_frames(missing)
             missing = self._residency.frames_missing(model)
+        if self._flights.flying(ev.Unload, ev.Release, ev.SwapOut):
+            return False  # room is on its way
+        quiet = not self._flights.flying(ev.Run, ev.Load, ev.Copy, ev.SwapIn)
         if missing <= 0:
-            still = self._flights.flying(ev.Run)
-            return self._residency.place(
-                model, None if still else lambda pages: self._pager.move_out(pages, processes())
+            move_out = None if self._flights.flying(ev.Run) else lambda pages: self._pager.move_out(pages, processes())
+            if self._residency.place(model, move_out):
+                return True
+            if not quiet:
+                return False  # pages that are in use now may move out of the way then
+        if not self._make_room(model, order, now, pages=missing > 0) and quiet and not self._scheduler.running:
+            raise Refused(
+                f"{model.name} does not fit between the models that cannot be evicted; unpin one, or load it before them"
             )
-        if not self._flights.flying(ev.Unload, ev.Release, ev.SwapOut):
-            self._make_room(model, order, now)
         return False
 
-    def _make_room(self, model: Model, order: Order, now: float) -> None:
-        """One more step."""
+    def _make_room(self, model: Model, order: Order, now: float, pages: bool) -> bool:
+        """One more step: weights that may go, and where frames are short, not only scattered, KV. False if there is
+        nothing to be done and nothing to wait for."""
         idle = self._residency.idle()
         if idle is not None:
             self._residency.evict(idle)
-            return
+            return True
         nice = self._nice(model)
         victim = self._displaceable(model, order, nice, now)
         if victim is not None:
             self.displace(victim, now)
-            return
-        process = self._scheduler.last_idle() or self._scheduler.last_active(nice, now)
+            return True
+        process = (self._scheduler.last_idle() or self._scheduler.last_active(nice, now)) if pages else None
         if process is not None:
             self._pager.take(process)
             self._scheduler.note_pages(process)
+        return process is not None or self._waits
 
     def _displaceable(self, newcomer: Model, order: Order, nice: int, now: float) -> Model | None:
         """A model all of whose processes are of a later class than `nice`, or that has had its slice and whose
         processes come later in the order of admission."""
         found: list[tuple[int, float, Model]] = []
         for model in self._residency.models.values():
-            if model.where is Where.ON_DEVICE and not model.pinned:
+            if model.where is Where.ON_DEVICE and not model.fixed:
                 urgency = self._scheduler.most_urgent(model.name, now)
                 if urgency is None:  # nobody runs or waits with it now, though somebody may soon
                     found.append((0, model.loaded_at, model))
@@ -165,7 +174,7 @@ class Faults:
         others = [
             m
             for m in self._residency.models.values()
-            if m is not model and m.where is Where.ON_DEVICE and not m.pinned and not self._flights.busy(m.name)
+            if m is not model and m.where is Where.ON_DEVICE and not m.fixed and not self._flights.busy(m.name)
         ]
         if not others:
             return False

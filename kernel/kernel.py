@@ -371,8 +371,9 @@ class Kernel:
         self.close()
 
     def _spawn(self, submit: Callable[[int], ev.Event]) -> Stream:
-        pid, mailbox = next(self._ids), Mailbox()
+        mailbox = Mailbox()
         with self._loop.gate:
+            pid = next(self._ids)  # pids reach the inbox in order
             if self._loop.closed is None:
                 self._loop.mailboxes[pid] = mailbox
                 self._loop.inbox.put(submit(pid))

@@ -23,10 +23,11 @@ class Outbox:
         self._waiting: list[ev.Deliver | ev.Reply] = []
         self._flying: list[ev.Deliver | ev.Reply] = []
         self._in_flight = False
+        self._postponed = False  # writing has failed, and nothing that waits depends on what is left to write
 
     def __bool__(self) -> bool:
         """Whether something waits."""
-        return bool(self._records or self._waiting or self._in_flight)
+        return bool((self._records and not self._postponed) or self._waiting or self._in_flight)
 
     def say(self, action: ev.Deliver | ev.Reply, *records: Record) -> None:
         """Deliver `action` once `records`, and all before them, are durable."""
@@ -34,6 +35,7 @@ class Outbox:
             self._flights.emit(action)
             return
         self._records += records
+        self._postponed = False
         if self._records or self._waiting or self._in_flight:
             self._waiting.append(action)
         else:
@@ -43,10 +45,11 @@ class Outbox:
         """Write `record` down, soon."""
         if self.journaled:
             self._records.append(record)
+            self._postponed = False
 
     def flush(self) -> None:
         """Start to write what waits, if nothing is being written."""
-        if self._in_flight:
+        if self._in_flight or self._postponed:
             return
         if self._records:
             self._flights.start(ev.Journal(self._flights.next_id(), tuple(self._records)))
@@ -78,7 +81,9 @@ class Outbox:
             elif action in self._flying:
                 self._flights.emit(action)
         self._waiting = [a for a in self._waiting if not (isinstance(a, ev.Deliver) and a.pid in pids)]
-        self._records = [record for record in self._records if record.pid not in pids]
+        done = {pid: Done(pid) for pid in (*(r.pid for r in records if isinstance(r, Done)), *sorted(pids))}
+        self._records = [*done.values(), *(record for record in self._records if record.pid not in done)]
+        self._postponed = not self._waiting and all(isinstance(record, Done) for record in self._records)
         self._flying = []
         for pid in sorted(pids):
             self._flights.emit(ev.Deliver(pid, error=error))

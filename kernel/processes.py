@@ -50,6 +50,7 @@ class Processes:
         self._residency = residency
         self._scheduler = scheduler
         self._accounting = accounting
+        self._last_pid = 0
         self._deadlines: list[tuple[float, int]] = []  # heap of (time, pid); entries may be out of date
         self._restoring: dict[int, ev.Restore] = {}
         self._last_end: float | None = None
@@ -88,14 +89,18 @@ class Processes:
     def restore(self, event: ev.Restore) -> None:
         began = event.session.began
         process = Process(event.pid, began.request, began.seed, self._flights.now, nice=began.request.nice)
-        if self._enter(process):
+        if process.pid not in self.live:
             self._restoring[event.pid] = event
-            self._begin(process)
+            if self._enter(process):
+                self._begin(process)
+            else:
+                del self._restoring[event.pid]
 
     def _enter(self, process: Process) -> bool:
         """Into the table, if there is room for it."""
-        if process.pid in self.live or process.pid in self.zombies:
-            return False
+        if process.pid in self.live or (process.pid <= self._last_pid and process.pid not in self._restoring):
+            return False  # pids only grow: this one has been used
+        self._last_pid = max(self._last_pid, process.pid)
         try:
             if self.halting:
                 raise Closed("the kernel is closed")

@@ -82,6 +82,7 @@ class Model:
     live: int = 0  # processes
     blocked: int = 0  # of these, those that wait for a tool
     pinned: bool = False
+    stuck: bool = False  # the device failed to unload it: it stays where it is
     uses: int = 0
     rent: float = 0.0  # its place in the order of eviction
     loaded_at: float = 0.0
@@ -97,6 +98,11 @@ class Model:
     def leaving(self) -> bool:
         """It has been asked to go for good: who needs it waits until it has gone, and has it looked at again."""
         return bool(self.unload_tickets) or self.failure is not None
+
+    @property
+    def fixed(self) -> bool:
+        """Nobody may take its place."""
+        return self.pinned or self.stuck
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -189,9 +195,7 @@ class Residency:
         assert model.slab is not None
         memory = self._memory
         needed = model.slab.frames_for(prompt_tokens + answer_tokens) * memory.frame_size
-        weights = self._frames(model) + sum(
-            self._frames(m) for m in self.models.values() if m.pinned and m is not model
-        )
+        weights = self._frames(model) + sum(self._frames(m) for m in self.models.values() if m.fixed and m is not model)
         possible = max(0, memory.frames - weights) * memory.frame_size
         if needed > possible:
             raise Refused(
@@ -204,7 +208,7 @@ class Residency:
         """Raises Refused for a model that does not fit the budget beside what is pinned."""
         memory = self._memory
         needed = self._frames(model) + 1  # a frame of KV, at the least
-        pinned = sum(self._frames(m) for m in self.models.values() if m.pinned and m is not model and m.placement)
+        pinned = sum(self._frames(m) for m in self.models.values() if m.fixed and m is not model and m.placement)
         if needed > memory.frames - pinned:
             size = memory.frame_size
             free, total = show_bytes(memory.free_frames * size), show_bytes(memory.frames * size)
@@ -293,7 +297,7 @@ class Residency:
         return min(models, key=lambda m: (m.rent, m.last_run), default=None)
 
     def _may_go(self, model: Model) -> bool:
-        return model.where is Where.ON_DEVICE and not model.pinned and not self._flights.busy(model.name)
+        return model.where is Where.ON_DEVICE and not model.fixed and not self._flights.busy(model.name)
 
     def slice_ends(self, model: Model, newcomer: Model) -> float:
         """When others of its class may take its place: not before it has generated a token, so that everybody gets on
@@ -308,6 +312,16 @@ class Residency:
         self._inflation = max(self._inflation, model.rent)
         model.where, model.draining = Where.EVICTING, False
         self._flights.start(ev.Unload(self._flights.next_id(), model.name))
+
+    def not_evicted(self, model: Model, error: Exception) -> None:
+        """The device failed to unload it: its weights are where they were."""
+        model.where, model.stuck = Where.ON_DEVICE, True
+        for ticket in model.unload_tickets:
+            self._flights.emit(ev.Reply(ticket, error))
+        for ticket in model.load_tickets:
+            self._flights.emit(ev.Reply(ticket))
+        model.unload_tickets.clear()
+        model.load_tickets.clear()
 
     def evicted(self, model: Model) -> None:
         """Its weights have gone."""

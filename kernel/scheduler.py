@@ -50,12 +50,15 @@ class Scheduler:
 
     # -- the two sets ------------------------------------------------------------------------------------------------
 
-    def enqueue(self, process: Process, now: float, first: bool = False) -> None:
-        """It waits to become active, behind (or before) those of its class and tenant."""
+    def enqueue(self, process: Process, now: float) -> None:
+        """It waits to become active, among those of its class and tenant behind all who have waited longer in all."""
         process.queued = now
         queues = self._queues.setdefault(process.request.model, {}).setdefault(process.nice, {})
         queue = queues.setdefault(process.request.tenant, deque())
-        (queue.appendleft if first else queue.append)(process)
+        at = len(queue)
+        while at and queue[at - 1].queued - queue[at - 1].waited > now - process.waited:
+            at -= 1
+        queue.insert(at, process)
         self.note_pages(process)
 
     def withdraw(self, process: Process) -> None:
@@ -68,7 +71,7 @@ class Scheduler:
     def suspend(self, process: Process, now: float) -> None:
         """From the running set back to the queue, with its pages."""
         self.withdraw(process)
-        self.enqueue(process, now, first=True)
+        self.enqueue(process, now)
 
     def renice(self, process: Process, nice: int) -> None:
         waiting = self._unqueue(process)
