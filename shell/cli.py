@@ -76,6 +76,16 @@ app.command(
     help="Show what was found on this machine, and what is wrong with it.",
     help_epilogue="",
 )
+app.command(
+    "llm_os.shell.sim:sim",
+    name="sim",
+    help="Run the kernel in a simulated world with faults, and check every step.",
+    help_epilogue=_examples(
+        "llm-os sim --seeds 1..300 --steps 1000 --jobs 2",
+        "llm-os sim --seeds 7 --faults crash,lost_sync",
+        "llm-os sim --replay regressions/token-7.json",
+    ),
+)
 
 
 @app.command(help_epilogue="")

@@ -17,14 +17,19 @@ from llm_os.drivers.simulation.faults import Faults
 _Change = tuple[int, bytes | None]  # a write at an offset; None cuts the file there
 
 
+class PowerOff(BaseException):
+    """The program ends here, in the middle of a call."""
+
+
 class SimFile:
     """One file, and whoever has it open: handles share it. Implements `persistence.File`."""
 
-    def __init__(self, faults: Faults, chooser: Chooser) -> None:
+    def __init__(self, disk: SimFiles, faults: Faults, chooser: Chooser) -> None:
         self.contents = bytearray()
         self.durable = bytearray()
         self.pending: list[_Change] = []  # since the last sync, in order
         self.limbo: list[_Change] = []  # a sync of these failed
+        self._disk = disk
         self._faults = faults
         self._chooser = chooser
 
@@ -37,6 +42,7 @@ class SimFile:
         return bytes(self.contents[offset : offset + size])
 
     def write(self, offset: int, data: bytes | memoryview) -> int:
+        self._disk.tick()
         data = bytes(data)
         fault = self._faults.call("write")
         if fault == "disk_full":
@@ -51,11 +57,13 @@ class SimFile:
         return len(data)
 
     def truncate(self, size: int) -> None:
+        self._disk.tick()
         if self._faults.call("write"):
             raise OSError(errno.EIO, "truncate error (simulated)")
         self._change((size, None))
 
     def sync(self) -> None:
+        self._disk.tick()
         if self._faults.call("sync"):
             self.limbo += self.pending
             self.pending = []
@@ -92,6 +100,14 @@ class SimFiles:
         self.names: dict[Path, SimFile] = {}
         self._durable: dict[Path, SimFile] = {}
         self._locked: set[Path] = set()
+        self.power: int | None = None  # changes that are still made before it goes off
+
+    def tick(self) -> None:
+        """A change is about to be made. Raises PowerOff."""
+        if self.power is not None:
+            self.power -= 1
+            if self.power < 0:
+                raise PowerOff
 
     def make_folder(self, path: Path) -> None:
         return
@@ -102,12 +118,14 @@ class SimFiles:
         return self.names[path]
 
     def create(self, path: Path) -> SimFile:
+        self.tick()
         if self._faults.call("write"):
             raise OSError(errno.ENOSPC, "no space left (simulated)", str(path))
-        self.names[path] = SimFile(self._faults, self._chooser)
+        self.names[path] = SimFile(self, self._faults, self._chooser)
         return self.names[path]
 
     def rename(self, old: Path, new: Path) -> None:
+        self.tick()
         if self._faults.call("write"):
             raise OSError(errno.EIO, "rename error (simulated)", str(old))
         self.names[new] = self.names.pop(old)
@@ -118,6 +136,7 @@ class SimFiles:
         del self.names[path]
 
     def sync_folder(self, path: Path) -> None:
+        self.tick()
         if self._faults.call("sync"):
             raise OSError(errno.EIO, "sync error (simulated)", str(path))
         self._durable = dict(self.names)

@@ -19,9 +19,9 @@ RATES: dict[str, dict[str, float]] = {
     "wrong_rows": {"run": 0.001},
     "nan_row": {"run": 0.004},
     "hang": {"load": 0.01, "run": 0.002, "copy": 0.005, "swap": 0.01, "unload": 0.01, "journal": 0.002},
-    "device_lost": {"run": 0.0002},
+    "device_lost": {"run": 0.0003},
     "bit_flip": {"turn": 0.0015},
-    "swap_flip": {"swapped": 0.02},
+    "swap_flip": {"swapped": 0.05},
     "io_error": {"write": 0.004, "read": 0.004, "sync": 0.002},
     "disk_full": {"write": 0.004},
     "short_write": {"write": 0.01},
@@ -30,11 +30,11 @@ RATES: dict[str, dict[str, float]] = {
     "disconnect": {"turn": 0.004},
     "double_cancel": {"turn": 0.003},
     "duplicate_id": {"turn": 0.003},
-    "slow_reader": {"submit": 0.2},
+    "slow_reader": {"read whole": 0.2},
     "plugin_raise": {"open": 0.03, "encode": 0.02},
     "plugin_hang": {"open": 0.02, "encode": 0.02},
     "plugin_type": {"open": 0.03, "encode": 0.02},
-    "crash": {"step": 0.0007},
+    "crash": {"step": 0.0015},
 }
 FAULTS = tuple(RATES)
 
@@ -59,6 +59,7 @@ class Faults:
         self.calls = 0
         self._chooser = chooser
         self._fail_call = fail_call
+        self._paused = False
         self._places: dict[str, tuple[list[str], list[float]]] = {}
         for kind in kinds:
             for place, rate in RATES[kind].items():
@@ -73,7 +74,7 @@ class Faults:
 
     def at(self, place: str) -> str | None:
         """What goes wrong here, if anything. It counts as hit."""
-        if place not in self._places:
+        if self._paused or place not in self._places:
             return None
         names, bounds = self._places[place]
         which = self._chooser.which(bounds)
@@ -82,13 +83,16 @@ class Faults:
         self.hit[names[which - 1]] += 1
         return names[which - 1]
 
+    def pause(self, paused: bool) -> None:
+        self._paused = paused
+
     def can(self, kind: str) -> bool:
         return kind in self._kinds and bool(self._places)
 
     def call(self, place: str) -> str | None:
         """As `at`, for a call that can fail: it may be the one that has to."""
         self.calls += 1
-        if self.calls == self._fail_call:
+        if self.calls == self._fail_call and not self._paused:
             self.hit["allocation"] += 1
             return "allocation"
         return self.at(place)

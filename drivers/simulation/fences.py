@@ -20,12 +20,14 @@ from llm_os.kernel.driver import Batch, Placement
 class _Pages:
     """The pages of one model that are named by operations in flight."""
 
-    def __init__(self, placement: Placement, slots: int) -> None:
+    def __init__(self, placement: Placement, slots: int, token_bytes: int) -> None:
+        self.page_bytes = placement.page_tokens * token_bytes
         self.page_tokens = placement.page_tokens
         self.total = placement.pages
         self.slots = slots
         self.named: Counter[int] = Counter()
         self.written: set[int] = set()
+        self.runs = 0
         self.salts: dict[int, int] = {}  # the tenant of what was last written
 
 
@@ -35,10 +37,9 @@ class Fences:
     def __init__(self, config: Config, frames: int) -> None:
         self.frames = frames
         self._config = config
-        self._frame_bytes = config.frame_bytes
         self._models: dict[str, _Pages] = {}  # with KV on the device
         self._loaded: dict[str, Placement] = {}  # from the start of a load to the end of an unload
-        self._ready: set[str] = set()  # from the end of a load to the start of an unload
+        self.ready: set[str] = set()  # from the end of a load to the start of an unload
         self._weights: dict[int, str] = {}  # frames
         self._flights: dict[int, tuple[_Pages, tuple[int, ...], tuple[int, ...]]] = {}
 
@@ -58,13 +59,12 @@ class Fences:
                 self._fly(id, model, self._of(model), out, ())
             case ev.SwapIn(id, model, _, into):
                 self._fly(id, model, self._of(model), (), into)
-            case ev.Load(_, model, _, placement):
-                self._start_load(model, placement)
+            case ev.Load(_, model, image, placement):
+                self._start_load(model, placement, getattr(image, "kv_bytes_per_token", 0))
             case ev.Unload(_, model):
-                insist(model in self._ready, "unload", f"{model} is not loaded")
-                self._ready.discard(model)
-                busy = self._models[model].named
-                insist(not busy, "fence", f"{model} is unloaded while an operation names its pages {sorted(busy)}")
+                insist(model in self.ready, "unload", f"{model} is not loaded")
+                self.ready.discard(model)
+                insist(not self._models[model].runs, "fence", f"{model} is unloaded while a batch of it is in flight")
             case ev.Release(_, model):
                 insist(model not in self._loaded, "release", f"{model} is loaded")
                 insist(not self._of(model).named, "fence", f"KV of {model} is released while an operation names it")
@@ -73,6 +73,7 @@ class Fences:
         match operation:
             case ev.Run() | ev.Copy() | ev.SwapOut() | ev.SwapIn():
                 pages, named, written = self._flights.pop(operation.id)
+                pages.runs -= isinstance(operation, ev.Run)
                 for page in named:
                     pages.named[page] -= 1
                     if not pages.named[page]:
@@ -82,23 +83,27 @@ class Fences:
                 if failed:
                     self._leave(model)
                 else:
-                    self._ready.add(model)
+                    self.ready.add(model)
             case ev.Unload(_, model):
                 if failed:
-                    self._ready.add(model)
+                    self.ready.add(model)
                 else:
                     self._leave(model)
             case ev.Release(_, model) if not failed:
                 del self._models[model]
 
-    def salt_of_swapped(self, model: str, page: int) -> int:
+    def page_bytes(self, model: str) -> int:
+        return self._of(model).page_bytes
+
+    def salt(self, model: str, page: int) -> int:
+        """Whose contents were last written to a page; -1 for nobody's."""
         return self._of(model).salts.get(page, -1)
 
-    def swapped_in(self, model: str, page: int, salt: int) -> None:
+    def write(self, model: str, page: int, salt: int) -> None:
         self._of(model).salts[page] = salt
 
     def _start_run(self, id: int, batch: Batch) -> None:
-        insist(batch.model in self._ready, "run", f"{batch.model} is not loaded")
+        insist(batch.model in self.ready, "run", f"{batch.model} is not loaded")
         insist(0 < len(batch.sequences) <= self._config.batch_size, "batch", "too many rows or none")
         fed = sum(len(rows.tokens) for rows in batch.sequences)
         insist(fed <= self._config.batch_tokens, "batch", f"{fed} tokens in a batch of {self._config.batch_tokens}")
@@ -122,8 +127,9 @@ class Fences:
             count = Counter(named)
             insist(all(count[page] == 1 for page in written), "shared page", "of a batch is written by a row of it")
         self._fly(id, batch.model, pages, named, written)
+        pages.runs += 1
 
-    def _start_load(self, model: str, placement: Placement) -> None:
+    def _start_load(self, model: str, placement: Placement, token_bytes: int) -> None:
         insist(model not in self._loaded, "load", f"{model} is loaded already")
         frames = [f for extent in placement.extents for f in range(extent.frame, extent.frame + extent.frames)]
         insist(len({*frames}) == len(frames), "frame", f"the extents of {model} overlap")
@@ -138,7 +144,7 @@ class Fences:
         self._loaded[model] = placement
         if (kept := self._models.get(model)) is None:
             slots = max(1, placement.pages // self.frames)
-            self._models[model] = _Pages(placement, slots)
+            self._models[model] = _Pages(placement, slots, token_bytes)
         else:
             same = (kept.page_tokens, kept.total) == (placement.page_tokens, placement.pages)
             insist(same, "load", f"the kept pages of {model} change their size")

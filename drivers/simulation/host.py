@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msgspec import structs
+
 from llm_os.drivers.sim import SimDecoder, SimImage
 from llm_os.drivers.simulation.chooser import Chooser
 from llm_os.kernel import events as ev
@@ -51,12 +53,21 @@ class TamperedDecoder(SimDecoder):
         return b"bytes" if self._tampered == "flush type" else super().flush()
 
 
-def open_image(operation: ev.Open, driver: Driver, batch_tokens: int, fault: str | None, chooser: Chooser) -> ev.Opened:
+def open_image(
+    operation: ev.Open,
+    driver: Driver,
+    batch_tokens: int,
+    fault: str | None,
+    chooser: Chooser,
+    images: Mapping[str, SimImage],
+) -> ev.Opened:
+    """`images` are the models as they are; what is opened is a new one, or the one that the operation names."""
     if fault == "plugin_raise":
         raise ZeroDivisionError("a plugin's open_image (simulated)")
     image: Any = operation.image
     if image is None or (isinstance(image, TamperedImage) and fault is None):
-        image = SimImage.parse(operation.model)
+        known = images.get(operation.model)
+        image = SimImage.parse(operation.model) if known is None else structs.replace(known)
     if fault == "plugin_type":
         what = chooser.below(len(TAMPERED) + 1)
         if what == len(TAMPERED):

@@ -6,15 +6,20 @@ An end with an error needs an excuse: a fault that struck an operation of this p
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from llm_os.drivers.simulation.host import TamperedImage
 from llm_os.drivers.simulation.plan import Plan
+from llm_os.drivers.simulation.story import Story
 from llm_os.drivers.simulation.violation import insist
 from llm_os.drivers.simulation.workload import Workload
 from llm_os.kernel import events as ev
 from llm_os.kernel.driver import RowError
 from llm_os.kernel.errors import Closed, Error, Refused, RequestError
+from llm_os.kernel.journal import Session, Took
+
+CLASSES = 40  # of nice; who has waited for so many steps of aging is before all who came later
 
 
 class Judge:
@@ -22,24 +27,36 @@ class Judge:
 
     def __init__(self, plan: Plan, workload: Workload) -> None:
         self.ends: Counter[str] = Counter()
+        self.last: object = None  # how the last process ended
+        self.lost_s = 0.0  # that faults took: nobody is to blame for them
         self._plan = plan
         self._workload = workload
         self._tampered: set[str] = set()  # models whose image is a broken plugin's
-        self._replied: set[int] = set()
-        self._steps = 0
-        self.last: object = None  # how the last process ended
+        self._failing: set[str] = set()  # models whose operation failed in this step
+        self._tickets: set[int] = set()  # that wait for a reply
+        self._durable: Counter[int] = Counter()  # tokens of answers that are in the journal
+        self._spent: Counter[str] = Counter()  # tokens that tenants were served
+
+    def story(self, pid: int) -> Story:
+        story = self._workload.stories.get(pid)
+        insist(story is not None, "process", f"{pid} was never asked for")
+        assert story is not None
+        return story
+
+    def asked(self, events: list[ev.Event]) -> None:
+        self._tickets.update(ticket for event in events if (ticket := getattr(event, "ticket", None)) is not None)
 
     # -- the device ----------------------------------------------------------------------------------------------------
 
-    def run(self, operation: ev.Run) -> None:
+    def run(self, operation: ev.Run, now: float) -> None:
         for rows in operation.batch.sequences:
-            story = self._workload.stories.get(rows.pid)
-            insist(story is not None, "process", f"{rows.pid} runs and was never asked for")
-            assert story is not None
+            story = self.story(rows.pid)
             insist(story.request.model == operation.batch.model, "model", f"process {rows.pid} runs on another model")
-            story.fed(rows)
+            if not story.ran_first:
+                self._first(story, now)
+            story.feed(rows, now)
 
-    def ran(self, operation: ev.Run, result: Any, fault: str | None) -> None:
+    def ran(self, operation: ev.Run, result: Any, fault: str | None, now: float) -> None:
         sequences = operation.batch.sequences
         if fault == "wrong_rows":
             self.failed(operation, fault)
@@ -48,21 +65,36 @@ class Judge:
             story = self._workload.stories[rows.pid]
             if isinstance(row, RowError):
                 story.excused = story.excused or row.message
-            story.ran(rows, row)
+            elif rows.sample is not None:
+                story.ran(rows, row, now)
+                self._spend(story, 1)
 
-    def failed(self, operation: ev.Operation, why: str) -> None:
-        """Whom this operation's failure may end."""
+    def failed(self, operation: ev.Operation, why: str, ready: Collection[str] = ()) -> None:
+        """Whom this operation's failure may end. `ready` are the models on the device: others may have waited for pages
+        to move out of the way."""
+        live = self._workload.live.values()
         match operation:
             case ev.Run(_, batch):
                 struck = [self._workload.stories[rows.pid] for rows in batch.sequences]
             case ev.Encode():
-                struck = [s for s in self._workload.live.values() if s.request is operation.request]
-            case ev.Open() | ev.Load() | ev.Unload() | ev.Copy():
-                struck = [s for s in self._workload.live.values() if s.request.model == operation.model]
+                struck = [story for story in live if story.request is operation.request]
+            case ev.Copy(_, model):
+                struck = [s for s in live if s.request.model == model or s.request.model not in ready]
+            case ev.Open() | ev.Load() | ev.Unload() | ev.Release():
+                struck = [story for story in live if story.request.model == operation.model]
+            case ev.Journal(_, records):
+                pids = {record.pid for record in records}
+                struck = [story for story in live if story.pid in pids]
             case _:
                 struck = []
+        self._failing.add(getattr(operation, "model", ""))
         for story in struck:
             story.excused = story.excused or why
+
+    def encoded(self, operation: ev.Encode, now: float) -> None:
+        for story in self._workload.live.values():
+            if story.request is operation.request and not story.forked:
+                story.ready = now
 
     def mistold(self, operation: ev.Encode, tokens: Any) -> None:
         """A broken plugin gave these for tokens. If the core takes them, they are the prompt."""
@@ -77,6 +109,11 @@ class Judge:
         else:
             self._tampered.discard(model)
 
+    def written(self, operation: ev.Journal) -> None:
+        for record in operation.records:
+            if isinstance(record, Took):
+                self._durable[record.pid] += len(record.tokens)
+
     def excuse_all(self, why: str) -> None:
         for story in self._workload.live.values():
             story.excused = story.excused or why
@@ -84,53 +121,104 @@ class Judge:
     # -- the readers ---------------------------------------------------------------------------------------------------
 
     def deliver(self, item: ev.Deliver, now: float) -> None:
-        story = self._workload.stories.get(item.pid)
-        insist(story is not None, "process", f"{item.pid} answers and was never asked for")
-        assert story is not None
+        story = self.story(item.pid)
         if item.chunk is not None:
             story.read(item.chunk.token_ids, item.chunk.text)
-            story.progress = self._steps
+            if self._plan.config.state is not None:
+                durable = self._durable[item.pid]
+                insist(story.delivered <= durable, "durable", f"{item.pid}: {story.delivered} of {durable} tokens")
         if item.completion is not None:
             story.finish(item.completion, now)
-            self.last = item.completion.finish_reason
-            self._end(story.pid, item.completion.finish_reason)
+            self._end(story, item.completion.finish_reason, item.completion.finish_reason)
         elif item.error is not None:
             insist(story.ended is None, "one end", f"process {item.pid} ends twice")
-            story.ended = type(item.error).__name__
-            self._blame(story.pid, item.error)
-            self.last = item.error
-            self._end(story.pid, f"error {type(item.error).__name__}" if story.ended != "Refused" else "rejected")
+            story.ended = name = type(item.error).__name__
+            self._blame(story, item.error)
+            self._end(story, "rejected" if name == "Refused" else f"error {name}", item.error)
         else:
             insist(item.chunk is not None and item.chunk.finish_reason is None, "chunk", item)
 
     def reply(self, item: ev.Reply) -> None:
-        insist(item.ticket not in self._replied, "reply", f"ticket {item.ticket} is answered twice")
-        self._replied.add(item.ticket)
+        insist(item.ticket in self._tickets, "reply", f"ticket {item.ticket} is answered twice")
+        self._tickets.remove(item.ticket)
+        if (story := self._workload.blocks.pop(item.ticket, None)) is not None and item.error is None:
+            story.blocked = True
+        if (story := self._workload.gifts.pop(item.ticket, None)) is not None and story.gift is not None:
+            if item.error is None:
+                story.take_gift()
+            else:
+                story.gift, story.blocked = None, story.ended is None
 
-    def _end(self, pid: int, reason: str) -> None:
-        del self._workload.live[pid]
+    def _end(self, story: Story, reason: str, how: object) -> None:
+        del self._workload.live[story.pid]
         self.ends[reason] += 1
+        self.last = how
+        self._workload.unread.append(story)
 
-    def _blame(self, pid: int, error: Exception) -> None:
-        story = self._workload.stories[pid]
+    def _blame(self, story: Story, error: Exception) -> None:
         insist(isinstance(error, Error) and "\n" not in str(error), "error", repr(error))
-        if isinstance(error, Refused | Closed) or story.excused or story.request.model in self._tampered:
+        model = story.request.model
+        if isinstance(error, Refused | Closed) or story.excused or model in self._tampered or model in self._failing:
             return
-        forked = story.parent is not None and isinstance(error, RequestError)
-        insist(forked, "blame", f"{pid} ended with {error!r} and no fault had struck it")
+        forked = story.forked and isinstance(error, RequestError)
+        insist(forked, "blame", f"{story.pid} ended with {error!r} and no fault had struck it")
 
-    # -- the run -------------------------------------------------------------------------------------------------------
+    # -- bounds --------------------------------------------------------------------------------------------------------
 
-    def stepped(self, steps: int, now: float) -> None:
-        self._steps = steps
-        live = len(self._workload.live)
-        insist(live <= self._plan.config.queue_limit, "queue", f"{live} processes live")
+    def _first(self, story: Story, now: float) -> None:
+        """It runs for the first time. Nobody of its model who came long before it still waits for that."""
+        if story.ready is None:
+            return
+        before = story.ready - (CLASSES + 1) * self._plan.config.aging_s
+        for other in self._workload.live.values():
+            late = other.ready is not None and other.ready < before and other.request.model == story.request.model
+            if late and not (other.ran_first or other.killed or other.excused or other.blocked):
+                insist(False, "starvation", f"{story.pid} runs before {other.pid}, which waits since {other.ready}")
 
-    def crashed(self) -> None:
+    def _spend(self, story: Story, tokens: int) -> None:
+        tenant = story.request.tenant
+        self._spent[tenant] += tokens
+        limits = self._plan.config.tenants.get(tenant)
+        if limits is not None and limits.max_tokens is not None:
+            insist(
+                self._spent[tenant] <= limits.max_tokens, "quota", f"{tenant} was served {self._spent[tenant]} tokens"
+            )
+
+    def stepped(self, now: float, processes: int) -> None:
+        """After every step. `processes` is how many the core has."""
+        self._failing.clear()
+        insist(processes <= self._plan.config.queue_limit, "queue", f"{processes} processes live")
+
+    def stuck(self, now: float, bound_s: float) -> Story | None:
+        """Who has waited for a token for longer than that, faults apart."""
+        waiting = (story for story in self._workload.live.values() if not story.blocked and not story.killed)
+        return next((story for story in waiting if now - story.progress > bound_s + self.lost_s), None)
+
+    # -- lives ---------------------------------------------------------------------------------------------------------
+
+    def crashed(self, sessions: dict[int, Session], now: float) -> list[ev.Event]:
+        """The program died, and these sessions are in the journal. What the next life begins with."""
+        journaled = self._plan.config.state is not None
         for story in list(self._workload.live.values()):
+            ending = story.killed or story.excused or story.request.deadline_s is not None
+            kept = story.pid in sessions or not journaled or ending or not story.delivered
+            insist(kept, "durable", f"{story.pid} is gone, and {story.delivered} tokens were delivered")
             story.ended = "crash"
-            self._end(story.pid, "crash")
+            self._end(story, "crash", "crash")
+        self._workload.unread.clear()
+        self._workload.blocks.clear()
+        self._workload.gifts.clear()
         self._tampered.clear()
+        self._tickets.clear()
+        self._durable.clear()
+        self._spent.clear()
+        for pid, session in sessions.items():
+            story = self.story(pid)
+            story.revive(session, now)
+            self._durable[pid] = len(story.answer)
+            self._workload.live[pid] = story
+        return [ev.Restore(pid, session) for pid, session in sessions.items()]
 
     def closed(self) -> None:
-        return
+        """At the end nobody waits any more."""
+        insist(not self._tickets, "reply", f"tickets {sorted(self._tickets)} were never answered")

@@ -6,15 +6,14 @@ Machines are small, so that everything is short of something: a few processes, a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from msgspec import Struct
 
-from llm_os.drivers.sim import SimImage
 from llm_os.drivers.simulation.chooser import Chooser
-from llm_os.kernel.config import Config
+from llm_os.kernel.config import Config, Tenant
 
 FRAME = 4096
+UNIT = 2.0**-20  # seconds, about one millionth; times are whole units, so that their sums are exact
 STATE = Path("state")  # in the simulated file system
 
 
@@ -27,41 +26,56 @@ class Options(Struct, frozen=True, kw_only=True):
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """The machine of one run."""
+    """The machine of one run, and how busy it is."""
 
     config: Config
     models: tuple[str, ...]
     tenants: tuple[str, ...]
     prefixes: tuple[str, ...]  # what prompts begin with
-    restful: int  # one step in so many brings something new
-    burst: int  # of so many at most
+    rest: int  # one turn in so many brings something new
+    burst: int  # requests at once, at most
+    swap_units: int  # that a swap takes at most
 
 
 def draw(chooser: Chooser) -> Plan:
-    frames = 20 + chooser.below(21)
-    batch_tokens = 4 + chooser.below(37)
-    weights = frames // 2
-    models = tuple(_model(chooser, name, weights) for name in "abcd"[: 1 + chooser.below(4)])
-    tenants = ("", "alice", "bob")[: 1 + chooser.below(3)]
-    prefixes = tuple(letter * (1 + chooser.below(20)) for letter in "xyz")
-    options: dict[str, Any] = {}
-    config = Config(
-        driver="sim",
-        memory=frames * FRAME,
-        frame_size=FRAME,
-        page_tokens=(None, 1, 2, 3, 4, 8)[chooser.below(6)],
-        batch_tokens=batch_tokens,
-        batch_size=1 + chooser.below(6),
-        queue_limit=6 + chooser.below(18),
-        **options,
-    )
+    below, pick = chooser.below, chooser.pick
+    frames = 20 + below(21)
+    models = tuple(_model(chooser, name, frames // 2) for name in "abcd"[: 1 + below(4)])
+    tenants = ("", "alice", "bob")[: 1 + below(3)]
     return Plan(
-        config=config,
+        config=Config(
+            driver="sim",
+            memory=frames * FRAME,
+            frame_size=FRAME,
+            page_tokens=pick((None, 1, 2, 3, 4, 8)),
+            batch_tokens=4 + below(37),
+            batch_size=1 + below(6),
+            queue_limit=6 + below(18),
+            prefix_cache=below(4) < 3,
+            slice_s=pick((10, 50, 200)) * UNIT,
+            aging_s=pick((10, 50, 500)) * UNIT,
+            queue_s=pick((None, None, None, 500 * UNIT)),
+            swap_host=pick((0, 2, 8, 16)) * FRAME,
+            swap_disk=pick((0, 4, 16)) * FRAME,
+            state=pick((None, STATE, STATE)),
+            tenants={name: _tenant(chooser) for name in tenants if below(2)},
+        ),
         models=models,
         tenants=tenants,
-        prefixes=prefixes,
-        restful=2 + chooser.below(30),
-        burst=1 + chooser.below(8),
+        prefixes=tuple(letter * (1 + below(20)) for letter in "xyz"),
+        rest=2 + below(30),
+        burst=1 + below(8),
+        swap_units=pick((0, 0, 3, 40)),
+    )
+
+
+def _tenant(chooser: Chooser) -> Tenant:
+    below, pick = chooser.below, chooser.pick
+    return Tenant(
+        weight=pick((1.0, 3.0, 0.5)),
+        max_processes=pick((None, None, 1 + below(6))),
+        max_tokens=pick((None, None, None, 200 + below(2000))),
+        max_pages=pick((None, None, 8 + below(60))),
     )
 
 
@@ -69,13 +83,7 @@ def _model(chooser: Chooser, name: str, frames: int) -> str:
     """A name that says what the model costs: at most `frames` frames of weights."""
     layers = 1 + chooser.below(3)
     size = FRAME * (1 + chooser.below(max(1, frames // layers)))
-    kv = (64, 128, 200, 256, 500)[chooser.below(5)]
-    ends = (0, 12, 30)[chooser.below(3)]
-    context = (40, 64, 100)[chooser.below(3)]
+    kv = chooser.pick((64, 128, 200, 256, 500))
     weights = f"layers={layers}&layer_bytes={size}"
-    return f"sim:{name}?{weights}&kv_bytes_per_token={kv}&end_after={ends}&context_length={context}"
-
-
-def frames_of(image: SimImage, config: Config) -> int:
-    """That the weights and the workspace of a model take."""
-    return image.layers * -(-image.layer_bytes // FRAME) + -(-config.batch_tokens * 64 // FRAME)
+    text = f"end_after={chooser.pick((0, 12, 30))}&context_length={chooser.pick((40, 64, 100))}"
+    return f"sim:{name}?{weights}&kv_bytes_per_token={kv}&{text}"

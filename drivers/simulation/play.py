@@ -56,12 +56,12 @@ def play(seed: int, options: Options, script: Script | None = None, *, tell: boo
             message=str(violation),
             step=world.steps,
             script=chooser.log,
-            story=world.story,
+            story=world.trace.story,
         )
     return Outcome(
         seed=seed,
         steps=world.steps,
-        trace=world.trace.hexdigest(),
+        trace=world.trace.digest,
         calls=world.faults.calls,
         faults={kind: world.faults.hit[kind] for kind in options.faults},
         actions=dict(sorted(world.actions.items())),

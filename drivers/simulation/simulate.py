@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -135,8 +137,10 @@ def _outcomes(runs: list[_Job], jobs: int) -> Iterator[Outcome]:
 
 
 def work() -> None:
-    """A worker: runs on stdin, one a line, outcomes on stdout."""
-    for line in sys.stdin.buffer:
-        run = msgspec.json.decode(line, type=_Job)
-        sys.stdout.buffer.write(msgspec.json.encode(play(run.seed, run.options)) + b"\n")
-        sys.stdout.buffer.flush()
+    """A worker: runs on stdin, one a line, outcomes on stdout. Ends when nobody wants any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is interrupted too, and closes the pipes
+    with suppress(BrokenPipeError):
+        for line in sys.stdin.buffer:
+            run = msgspec.json.decode(line, type=_Job)
+            sys.stdout.buffer.write(msgspec.json.encode(play(run.seed, run.options)) + b"\n")
+            sys.stdout.buffer.flush()

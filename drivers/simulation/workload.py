@@ -1,4 +1,4 @@
-"""What hosts ask of the machine: bursts of requests, forks, changes of mind. Decides what comes; judges nothing."""
+"""What hosts ask of the machine: bursts of requests, forks, tools, changes of mind. Decides only, judges nothing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from llm_os.drivers.sim import SimImage
 from llm_os.drivers.simulation.chooser import Chooser
-from llm_os.drivers.simulation.plan import Plan
+from llm_os.drivers.simulation.plan import UNIT, Plan
 from llm_os.drivers.simulation.story import Story
 from llm_os.kernel import events as ev
 from llm_os.kernel.kernel import encode
 from llm_os.kernel.process import Process
 from llm_os.kernel.request import Request, Sampling
 
-_UNKNOWN = "sim:d"  # a model that nobody else uses
+_UNKNOWN = "sim:nobody"
 
 
 class Workload:
@@ -23,31 +23,41 @@ class Workload:
     def __init__(self, plan: Plan, chooser: Chooser) -> None:
         self.stories: dict[int, Story] = {}
         self.live: dict[int, Story] = {}  # of them, those that have not ended
+        self.blocks: dict[int, Story] = {}  # tickets of Block
+        self.gifts: dict[int, Story] = {}  # tickets of Unblock
+        self.unread: list[Story] = []  # ended; their readers are slow to say that they have it all
         self.images = {model: SimImage.parse(model) for model in plan.models}
+        self.now = 0.0
         self._plan = plan
         self._chooser = chooser
         self._count = 0
-        self._acts: list[Callable[[float], list[ev.Event]]] = [
-            self._burst,
-            self._burst,
-            self._burst,
-            self._burst,
-            self._fork,
-            self._kill,
-            self._renice,
-            self._load,
-            self._unload,
+        acts: list[tuple[int, Callable[[float], list[ev.Event]]]] = [
+            (12, self._burst),
+            (3, self._fork),
+            (2, self._samples),
+            (3, self._kill),
+            (2, self._renice),
+            (2, self._load),
+            (2, self._unload),
+            (1, self._pin),
+            (4, self._block),
+            (6, self._unblock),
+            (3, self._read),
         ]
+        self._acts = [act for weight, act in acts for _ in range(weight)]
 
     def next_id(self) -> int:
         """Of processes and tickets."""
         self._count += 1
         return self._count
 
+    def stirs(self) -> bool:
+        """Whether something comes in this turn; mostly nothing does."""
+        return self._chooser.below(self._plan.rest) == self._plan.rest - 1
+
     def events(self, now: float) -> list[ev.Event]:
-        """What comes in this turn, mostly nothing."""
-        if self._chooser.below(self._plan.restful) != self._plan.restful - 1:
-            return []
+        """What comes."""
+        self.now = now
         return self._chooser.pick(self._acts)(now)
 
     def submit(self, model: str, prompt: str, now: float, *, chat: bool = False, **fields: Any) -> ev.Submit:
@@ -55,24 +65,23 @@ class Workload:
         sampling = Sampling(**fields.pop("sampling", {}))
         text: dict[str, Any] = {"messages": [{"role": "u", "content": prompt}]} if chat else {"prompt": prompt}
         request = Request(model=model, sampling=sampling, **text, **fields)
-        pid, seed = self.next_id(), self._count * 7919
-        self.begin(pid, request, seed, now)
-        return ev.Submit(pid, request, seed)
+        pid = self.next_id()
+        self._begin(pid, request, pid * 7919, now)
+        return ev.Submit(pid, request, pid * 7919)
 
-    def begin(self, pid: int, request: Request, seed: int, now: float, parent: Story | None = None) -> Story:
+    def _begin(self, pid: int, request: Request, seed: int, now: float) -> Story:
         image = self.images.get(request.model) or SimImage.parse(request.model)
-        story = Story(
-            pid,
-            request,
-            seed if request.sampling.seed is None or parent else request.sampling.seed,
-            Process(pid, request, 0, 0.0).salt,
-            image,
-            encode(ev.Encode(0, image, request)),
-            parent,
-            submitted=now,
-        )
+        salt = Process(pid, request, 0, 0.0).salt
+        story = Story(pid, request, seed, salt, image, encode(ev.Encode(0, image, request)))
+        story.progress = now
+        if request.deadline_s is not None:
+            story.deadline = now + request.deadline_s
+        if request.queue_s is not None:
+            story.patience = now + request.queue_s
         self.stories[pid] = self.live[pid] = story
         return story
+
+    # -- processes -----------------------------------------------------------------------------------------------------
 
     def _burst(self, now: float) -> list[ev.Event]:
         return [self._submit(now) for _ in range(1 + self._chooser.below(self._plan.burst))]
@@ -81,11 +90,11 @@ class Workload:
         below, pick = self._chooser.below, self._chooser.pick
         model = pick(self._plan.models)
         context = self.images[model].context_length
-        kind = below(8)
-        length = (1 + below(6), 1 + below(12), context // 2, context - 4)[(0, 0, 0, 1, 1, 1, 2, 3)[kind]]
+        length = (1 + below(6), 1 + below(12), context // 2, context)[(0, 0, 0, 1, 1, 1, 2, 3)[below(8)]]
         prompt = pick(self._plan.prefixes) + "".join(chr(97 + below(26)) for _ in range(2)) + "q" * length
         prompt = prompt[: context - 8]
         room = context - len(prompt) - 4
+        hurried = below(16)
         return self.submit(
             model,
             prompt,
@@ -93,6 +102,8 @@ class Workload:
             chat=below(8) == 7,
             nice=(0, 0, 0, 0, 5, 19, -5, -20)[below(8)],
             tenant=pick(self._plan.tenants),
+            deadline_s=(1 + below(200)) * 4 * UNIT if hurried == 15 else None,
+            queue_s=(1 + below(200)) * 2 * UNIT if hurried == 14 else None,
             sampling={
                 "max_tokens": None if below(12) == 11 else 1 + below(max(1, min(room, (6, 24)[below(2)]))),
                 "temperature": float(below(2)),
@@ -107,12 +118,25 @@ class Workload:
         return self._chooser.pick(stories)
 
     def _fork(self, now: float) -> list[ev.Event]:
+        return self._spawn(now, 1, False)
+
+    def _samples(self, now: float) -> list[ev.Event]:
+        """More answers to the same prompt."""
+        return self._spawn(now, 1 + self._chooser.below(3), True)
+
+    def _spawn(self, now: float, count: int, from_prompt: bool) -> list[ev.Event]:
         parent = self._some()
         if parent is None:
             return []
-        pid = self.next_id()
-        self.begin(pid, parent.request, pid * 104729, now, parent)
-        return [ev.Fork(pid, parent.pid, pid * 104729)]
+        events: list[ev.Event] = []
+        for _ in range(count):
+            pid = self.next_id()
+            story = self._begin(pid, parent.request, pid * 104729, now)
+            story.forked = True
+            if not from_prompt:
+                story.parent = parent
+            events.append(ev.Fork(pid, parent.pid, pid * 104729, from_prompt))
+        return events
 
     def kill(self, story: Story, ticket: int | None) -> ev.Event:
         story.killed = True
@@ -126,8 +150,42 @@ class Workload:
         story = self._some()
         return [ev.Renice(self.next_id(), story.pid, self._chooser.below(40) - 20)] if story else []
 
+    def _block(self, now: float) -> list[ev.Event]:
+        story = self._some()
+        if story is None or story in self.blocks.values():
+            return []
+        ticket = self.next_id()
+        self.blocks[ticket] = story
+        expected = (None, UNIT, 50 * UNIT, 5000 * UNIT)[self._chooser.below(4)]
+        return [ev.Block(ticket, story.pid, expected)]
+
+    def _unblock(self, now: float) -> list[ev.Event]:
+        waiting = [story for story in self.live.values() if story.blocked and not story.killed]
+        if not waiting:
+            return []
+        story = self._chooser.pick(waiting)
+        said = tuple(97 + self._chooser.below(26) for _ in range(self._chooser.below(6)))
+        return [self.unblock(story, said if story.parent is None else ())]  # a fork that never ran: of unknown length
+
+    def unblock(self, story: Story, said: tuple[int, ...] = ()) -> ev.Event:
+        ticket = self.next_id()
+        self.gifts[ticket] = story
+        story.offer(said)
+        story.progress = self.now
+        if story.ready is not None:
+            story.ready = self.now
+        return ev.Unblock(ticket, story.pid, said)
+
+    def _read(self, now: float) -> list[ev.Event]:
+        return [ev.Forget(self.unread.pop(0).pid)] if self.unread else []
+
+    # -- models --------------------------------------------------------------------------------------------------------
+
     def _load(self, now: float) -> list[ev.Event]:
-        return [ev.LoadModel(self.next_id(), self._chooser.pick(self._plan.models))]
+        return [ev.LoadModel(self.next_id(), self._chooser.pick(self._plan.models), self._chooser.below(3) == 2)]
 
     def _unload(self, now: float) -> list[ev.Event]:
         return [ev.UnloadModel(self.next_id(), self._chooser.pick((*self._plan.models, _UNKNOWN)))]
+
+    def _pin(self, now: float) -> list[ev.Event]:
+        return [ev.Pin(self.next_id(), self._chooser.pick(self._plan.models), self._chooser.below(3) == 0)]

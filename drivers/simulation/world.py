@@ -9,7 +9,7 @@ Everything that is decided goes through the chooser; every step is judged. Raise
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections import Counter
 from heapq import heappop, heappush
 from typing import Any
@@ -19,41 +19,55 @@ from llm_os.drivers.simulation.chooser import Chooser
 from llm_os.drivers.simulation.device import Device
 from llm_os.drivers.simulation.faults import Faults
 from llm_os.drivers.simulation.fences import Fences
-from llm_os.drivers.simulation.judge import Judge
-from llm_os.drivers.simulation.plan import Options, draw
+from llm_os.drivers.simulation.judge import CLASSES, Judge
+from llm_os.drivers.simulation.plan import UNIT, Options, draw
+from llm_os.drivers.simulation.state import State
+from llm_os.drivers.simulation.trace import Trace
 from llm_os.drivers.simulation.violation import Violation, insist
 from llm_os.drivers.simulation.workload import Workload
 from llm_os.kernel import events as ev
 from llm_os.kernel.core import Core
 
-UNIT = 0.001  # seconds; the shortest operation takes one
-_SLOWEST = {"run": 30, "load": 200, "unload": 30, "copy": 15, "open": 60, "encode": 15, "swap": 40, "journal": 15}
 _HANG = 60_000
-_PLACES = {ev.Run: "run", ev.Load: "load", ev.Unload: "unload", ev.Release: "unload", ev.Copy: "copy"}
-_PLACES |= {ev.Open: "open", ev.Encode: "encode", ev.Prefetch: "load", ev.Journal: "journal"}
-_PLACES |= {ev.SwapOut: "swap", ev.SwapIn: "swap", ev.Demote: "swap"}
+_PLACES: dict[type, tuple[str, int]] = {  # where faults are looked up, and how many units it takes at most
+    ev.Run: ("run", 30),
+    ev.Load: ("load", 200),
+    ev.Unload: ("unload", 30),
+    ev.Release: ("unload", 5),
+    ev.Copy: ("copy", 15),
+    ev.Open: ("open", 60),
+    ev.Encode: ("encode", 15),
+    ev.Prefetch: ("load", 200),
+    ev.Journal: ("journal", 15),
+    ev.SwapOut: ("swap", 0),  # as the plan says
+    ev.SwapIn: ("swap", 0),
+    ev.Demote: ("swap", 0),
+}
 
 
 class World:
     """One run. `run()` plays it; the counters say what happened."""
 
     def __init__(self, options: Options, chooser: Chooser, *, tell: bool = False) -> None:
-        self.story: list[str] = []  # in words, if `tell`
-        self._tell = tell
         self.options = options
         self.chooser = chooser
         self.faults = Faults(chooser, options.faults, options.fail_call)
         self.plan = draw(chooser)
         self.workload = Workload(self.plan, chooser)
         self.judge = Judge(self.plan, self.workload)
-        self.now = 0.0
+        self.state = State(self.plan.config, self.faults, chooser)
         self.steps = 0
+        self.clock = 0  # in units
         self.actions: Counter[str] = Counter()
-        self.trace = hashlib.blake2b(digest_size=8)
+        self.trace = Trace(tell)
         self.boot()
 
+    @property
+    def now(self) -> float:
+        return self.clock * UNIT
+
     def boot(self) -> None:
-        """A new core on a new device."""
+        """A new core on a new device, with what the disk has."""
         config = self.plan.config
         self.core = Core(config, config.budget(0))
         self.device = Device(config)
@@ -61,7 +75,8 @@ class World:
         self.fences = Fences(config, self.core.memory.frames)
         self.flying: list[tuple[int, int, ev.Operation, str | None]] = []  # heap: when, which, what, what goes wrong
         self.images: list[Any] = []  # open
-        self.clock = int(self.now / UNIT)
+        self.written = 0  # when the last journal operation will have been
+        self.next: list[ev.Event] = self.judge.crashed(self.state.boot(self.device, self.fences), self.now)
 
     # -- turns -------------------------------------------------------------------------------------------------------
 
@@ -73,22 +88,32 @@ class World:
 
     def turn(self) -> None:
         self.chooser.turn()
-        events = self.workload.events(self.now) + self._mischief()
-        self.step(events + self._due(bool(events)))
+        events, self.next = self.next, []
+        stirs, fault = self.workload.stirs(), self.faults.at("turn")
+        completed = self._due(bool(events or stirs or fault))
+        events += self.workload.events(self.now) if stirs else []
+        events += self._mischief(fault) if fault else []
+        self.step(events + completed)
+        slow = self.judge.stuck(self.now, self.patience)
+        insist(slow is None, "starvation", f"process {slow.pid if slow else 0} has waited for {self.patience} seconds")
+
+    @property
+    def patience(self) -> float:
+        """Seconds within which everybody gets a token: those of better classes, then those before it, then its own."""
+        config = self.plan.config
+        return CLASSES * config.aging_s + 3 * config.queue_limit * (1000 * UNIT + config.slice_s)
 
     def _due(self, busy: bool) -> list[ev.Event]:
         """What completes now. Time goes on to the next completion, or to when the core wants to be called."""
-        wakeup = getattr(self.core, "wakeup", None)
-        if not self.flying:
-            if not busy:
-                self.clock = max(self.clock + 1, -int(-wakeup // UNIT)) if wakeup is not None else self.clock + 10
+        wakeup = self.core.wakeup
+        due = self.flying[0][0] if self.flying else None
+        wanted = None if wakeup is None else max(self.clock + 1, math.ceil(wakeup / UNIT))
+        if busy and (due is None or self.chooser.below(2) == 0):
             return []
-        if busy and self.chooser.below(2) == 0:
+        if due is None or (wanted is not None and wanted < due):
+            self.clock = self.clock + 10 if wanted is None else wanted
             return []
-        if wakeup is not None and wakeup < self.flying[0][0] * UNIT:
-            self.clock = max(self.clock + 1, -int(-wakeup // UNIT))
-            return []
-        self.clock = max(self.clock, self.flying[0][0])
+        self.clock = max(self.clock, due)
         events: list[ev.Event] = []
         while self.flying and self.flying[0][0] <= self.clock:
             _, _, operation, fault = heappop(self.flying)
@@ -98,52 +123,59 @@ class World:
     def step(self, events: list[ev.Event]) -> None:
         """One step of the core, judged; then its actions."""
         self.steps += 1
-        self.now = self.clock * UNIT
-        if self._tell:
-            self.story += [f"{self.steps} at {self.now:.3f} <- {event}"[:400] for event in events]
+        self.judge.asked(events)
+        self.trace.events(self.steps, self.clock, events)
         try:
             actions = self.core.step(self.now, events)
+            self.trace.actions(self.steps, actions)
             self.core.check()
         except Exception as error:
             raise _broken(error) from error
-        if self._tell:
-            self.story += [f"{self.steps} -> {action}"[:400] for action in actions]
-        last = len(actions)
-        crash = self.faults.at("step") == "crash" if self.faults.can("crash") else False
-        if crash:
-            last = self.chooser.below(last + 1)
-        for action in actions[:last]:
+        crash = self.faults.at("step") == "crash"
+        for action in actions[: self.chooser.below(len(actions) + 1) if crash else None]:
             self.act(action)
-        self.judge.stepped(self.steps, self.now)
-        self._trace(events, actions)
+        self.judge.stepped(self.now, len(self.core.processes))
         if crash:
             self.crash()
 
     def act(self, action: ev.Action) -> None:
         self.actions[type(action).__name__] += 1
         match action:
-            case ev.Deliver():
+            case ev.Deliver(pid):
                 self.judge.deliver(action, self.now)
+                if (action.completion or action.error) and not self._reads_slowly(pid):
+                    self.next.append(ev.Forget(pid))
             case ev.Reply():
                 self.judge.reply(action)
             case ev.Close(image):
                 insist(any(image is each for each in self.images), "close", "an image that is not open")
                 self.images = [each for each in self.images if each is not image]
-            case ev.Discard():
-                raise NotImplementedError
+            case ev.Discard(slots):
+                self.state.discard(slots)
             case _:
                 self._start(action)
+
+    def _reads_slowly(self, pid: int) -> bool:
+        if self.faults.at("read whole") is None:
+            self.workload.unread = [story for story in self.workload.unread if story.pid != pid]
+            return False
+        return True
 
     def _start(self, operation: ev.Operation) -> None:
         self.fences.start(operation)
         if isinstance(operation, ev.Run):
-            self.judge.run(operation)
-        place = _PLACES[type(operation)]
+            self.judge.run(operation, self.now)
+        elif isinstance(operation, ev.SwapOut):
+            self.state.expect(operation.slots, operation.pages)
+        place, slowest = _PLACES[type(operation)]
         fault = self.faults.call(place)
-        took = 1 + self.chooser.delay(_SLOWEST[place])
+        due = self.clock + 1 + self.chooser.delay(self.plan.swap_units if place == "swap" else slowest)
         if fault in ("hang", "plugin_hang"):
-            took += _HANG
-        heappush(self.flying, (self.clock + took, operation.id, operation, fault))
+            due += _HANG
+            self.judge.lost_s += _HANG * UNIT
+        if isinstance(operation, ev.Journal):  # one writer: in order
+            self.written = due = max(due, self.written + 1)
+        heappush(self.flying, (due, operation.id, operation, fault))
 
     def _complete(self, operation: ev.Operation, fault: str | None) -> ev.Completed:
         """The operation takes place, at the last moment at which it can."""
@@ -153,38 +185,48 @@ class World:
         try:
             result = self._perform(operation, fault)
         except Exception as error:
+            if isinstance(error, Violation):
+                raise
             self.fences.end(operation, failed=True)
-            self.judge.failed(operation, fault or str(error))
+            self.judge.failed(operation, fault or str(error), self.fences.ready)
             return ev.Completed(operation.id, error=error)
         self.fences.end(operation, failed=False)
         if isinstance(operation, ev.Run):
-            self.judge.ran(operation, result, fault)
+            self.judge.ran(operation, result, fault, self.now)
         return ev.Completed(operation.id, result)
 
     def _perform(self, operation: ev.Operation, fault: str | None) -> Any:
         match operation:
             case ev.Open():
-                config = self.plan.config
-                opened = host.open_image(operation, self.device, config.batch_tokens, fault, self.chooser)
+                opened = host.open_image(
+                    operation, self.device, self.plan.config.batch_tokens, fault, self.chooser, self.workload.images
+                )
                 if opened.image is not operation.image:
                     self.images.append(opened.image)
                 self.judge.opened(operation.model, opened.image)
                 return opened
             case ev.Encode():
                 tokens = host.tokens_of(operation, fault, self.chooser)
+                self.judge.encoded(operation, self.now)
                 if fault == "plugin_type":
                     self.judge.mistold(operation, tokens)
                 return tokens
+            case ev.Journal():
+                self.state.append(operation)
+                self.judge.written(operation)
+                return None
+            case ev.SwapOut() | ev.SwapIn() | ev.Demote():
+                self.device.fail(fault)
+                return self.state.swap(operation)
         return self.device.perform(operation, fault)
 
     # -- what goes wrong between two steps -----------------------------------------------------------------------------
 
-    def _mischief(self) -> list[ev.Event]:
-        fault = self.faults.at("turn")
+    def _mischief(self, fault: str) -> list[ev.Event]:
         live = list(self.workload.live.values())
-        if fault is None or (not live and fault != "bit_flip"):
-            return []
         self.faults.hit[fault] -= 1
+        if not live and fault != "bit_flip":
+            return []
         events: list[ev.Event] = []
         match fault:
             case "bit_flip":
@@ -193,7 +235,7 @@ class World:
             case "disconnect":
                 story = self.chooser.pick(live)
                 story.gone = True
-                events = [self.workload.kill(story, None)]
+                events = [self.workload.kill(story, None), ev.Forget(story.pid)]
             case "double_cancel":
                 story = self.chooser.pick(live)
                 events = [self.workload.kill(story, self.workload.next_id()) for _ in range(2)]
@@ -204,8 +246,9 @@ class World:
         return events
 
     def crash(self) -> None:
-        """The program dies: what is not on the disk is gone."""
-        self.judge.crashed()
+        """The program dies, maybe while it writes: what is not on the disk is gone."""
+        writing = [operation for _, _, operation, _ in sorted(self.flying) if isinstance(operation, ev.Journal)]
+        self.state.crash(writing)
         self.boot()
 
     # -- the end -------------------------------------------------------------------------------------------------------
@@ -214,50 +257,49 @@ class World:
         """No more faults: everything ends, and all is as it was."""
         if self.device.lost:
             self.crash()
-        bound = self.steps + 3000
-        while self.workload.live or self.flying:
-            insist(self.steps < bound, "livelock", f"after {bound} steps {sorted(self.workload.live)} have not ended")
-            self.chooser.turn()
-            self.step(self._due(False))
-        for model in self.plan.models:
+        self._finish("the end of the faults")
+        models = self.plan.models
+        for model in models:
+            self._ask(ev.Pin(self.workload.next_id(), model, False))
             self._ask(ev.UnloadModel(self.workload.next_id(), model))
-        for model in self.plan.models:
-            submit = self.workload.submit(model, "probe", self.now, sampling={"max_tokens": 3, "temperature": 0})
-            self._ask(submit)
-            ended = self.judge.last
-            insist(ended in ("stop", "length"), "baseline", f"{model} answers {ended!r} after all faults")
+        for model in models:
+            probe = {"max_tokens": 3, "temperature": 0}
+            self._ask(self.workload.submit(model, "probe", self.now, tenant="probe", sampling=probe))
+            insist(self.judge.last in ("stop", "length"), "baseline", f"{model} answers {self.judge.last!r} at the end")
+        for model in models:
             self._ask(ev.UnloadModel(self.workload.next_id(), model))
-        info = self.core.residency.memory_info()
-        insist(info.kv == 0, "baseline", f"{info.kv} bytes of KV are held by nobody")
+        insist(self.core.memory_info().kv == 0, "baseline", "KV is held by nobody")
+        insist(not self.state.sessions(), "baseline", "sessions stay in the journal that nobody needs")
         self._ask(ev.Halt())
         insist(self.core.halted, "baseline", "the core does not halt")
-        info = self.core.residency.memory_info()
+        info = self.core.memory_info()
         insist(info.free == info.total, "baseline", f"{info.free} of {info.total} bytes are free after the halt")
         insist(not self.images, "baseline", f"{len(self.images)} images stay open")
+        self.state.check()
         self.judge.closed()
 
     def _ask(self, event: ev.Event) -> None:
-        """One event, and all that comes of it."""
-        self.step([event])
-        bound = self.steps + 1000
-        while self.flying:
-            insist(self.steps < bound, "livelock", f"{event} has not ended after {bound} steps")
-            self.chooser.turn()
-            self.step(self._due(False))
+        self.next.append(event)
+        self._finish(str(event))
 
-    def _trace(self, events: list[ev.Event], actions: list[ev.Action]) -> None:
-        digest: list[Any] = [self.clock, len(events)]
-        for action in actions:
-            match action:
-                case ev.Run(id, batch):
-                    digest.append(
-                        (id, batch.model, [(r.pid, r.position, len(r.tokens), r.pages) for r in batch.sequences])
-                    )
-                case ev.Deliver(pid, chunk):
-                    digest.append((pid, chunk.token_ids if chunk else None, action.completion is None))
-                case _:
-                    digest.append((type(action).__name__, getattr(action, "id", 0)))
-        self.trace.update(repr(digest).encode())
+    def _finish(self, what: str) -> None:
+        """Until nothing is left to be done; within a bound."""
+        tokens = sum(story.image.context_length for story in self.workload.live.values())
+        bound = self.steps + 500 + 20 * tokens
+        self.next += [ev.Forget(story.pid) for story in self.workload.unread]
+        self.workload.unread.clear()
+        stuck = False
+        while self.workload.live or self.flying or self.next:
+            left = sorted(self.workload.live)
+            insist(self.steps < bound, "livelock", f"{self.steps} steps after {what} {left} have not ended")
+            idle = not self.flying and not self.next and self.core.wakeup is None
+            idle = idle and not any(story.blocked for story in self.workload.live.values())
+            insist(not idle or not stuck, "livelock", f"{left} wait, and nothing is in flight after {what}")
+            stuck = idle
+            self.chooser.turn()
+            events, self.next = self.next, []
+            events += [self.workload.unblock(story) for story in self.workload.live.values() if story.blocked]
+            self.step(events + self._due(bool(events)))
 
 
 def _broken(error: Exception) -> Violation:
