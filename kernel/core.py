@@ -294,8 +294,11 @@ class Core:
             for ticket in model.unload_tickets:
                 self._reply(ticket)
             self.residency.forget(model)
-        elif model.failure is not None:
+        elif model.failure is not None and not waited_for:
             self.residency.forget(model)
+        elif model.failure is not None:  # they came after it had failed: try again, for them
+            model.failure = None
+            self.residency.look_again(model)
         elif model.unload_tickets:
             self.residency.rest(model)
             if waited_for:  # they came on its way out

@@ -120,9 +120,8 @@ class Faults:
             if not quiet:
                 return False  # pages that are in use now may move out of the way then
         if not self._make_room(model, order, now, pages=missing > 0) and quiet and not self._scheduler.running:
-            raise Refused(
-                f"{model.name} does not fit between the models that cannot be evicted; unpin one, or load it before them"
-            )
+            fixed = "does not fit between the models that cannot be evicted"
+            raise Refused(f"{model.name} {fixed}; unpin one, or load it before them")
         return False
 
     def _make_room(self, model: Model, order: Order, now: float, pages: bool) -> bool:

@@ -353,7 +353,8 @@ class Residency:
         return model.where in AWAY and not model.kv_on_device and not wanted
 
     def forget(self, model: Model) -> None:
-        """Nothing of it is on the device: close its file."""
+        """Nothing of it is on the device, and nobody waits for it: close its file."""
+        assert not model.live
         assert model.placement is None and not model.kv_on_device
         if model.image is not None:
             self._flights.emit(ev.Close(model.image))
