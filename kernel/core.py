@@ -187,6 +187,7 @@ class Core:
 
     def _opened(self, model: Model, event: ev.Completed) -> None:
         if event.error is not None or not isinstance(event.result, ev.Opened):
+            model.where = Where.ON_DISK
             error = event.error or ModelError(f"opening {model.name} gave {type(event.result).__name__}, no image")
             self._fail_model(model, as_error(error, ModelNotFound))
             return
@@ -288,11 +289,13 @@ class Core:
     def _at_rest(self, model: Model) -> None:
         """Nothing of it is on the device, and nothing is in flight for it."""
         waited_for = bool(model.load_tickets or model.live)
+        if model.failure is not None or self.halting:
+            for ticket in model.unload_tickets:
+                self._reply(ticket)
+            model.unload_tickets.clear()
         if self.halting:
             for ticket in model.load_tickets:
                 self._reply(ticket, Closed("the kernel was closed"))
-            for ticket in model.unload_tickets:
-                self._reply(ticket)
             self.residency.forget(model)
         elif model.failure is not None and not waited_for:
             self.residency.forget(model)

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from llm_os.kernel.accounting import Reservation
 from llm_os.kernel.driver import Sample, Sampled
-from llm_os.kernel.errors import RequestError
+from llm_os.kernel.errors import ModelError, RequestError
 from llm_os.kernel.image import Image, TextDecoder
 from llm_os.kernel.journal import Given, Took
 from llm_os.kernel.page_table import PageTable
@@ -186,14 +186,14 @@ class Process:
         if self.first_token is None:
             self.first_token = now
         ended = sampled.token in self.end_tokens
-        text = "" if ended else self.stops.push(self.decoder.push(sampled.token))
+        text = "" if ended else self.stops.push(_text(self.decoder.push(sampled.token)))
         reason: FinishReason | None = None
         if ended or self.stops.hit:
             reason = "stop"
         elif len(self.generated) >= self.max_tokens:
             reason = "length"
         if reason and not self.stops.hit:
-            text += self.stops.push(self.decoder.flush()) + self.stops.flush()
+            text += self.stops.push(_text(self.decoder.flush())) + self.stops.flush()
         self.text.append(text)
         logprobs: tuple[TokenLogprob, ...] = ()
         if sampled.logprob is not None:
@@ -309,6 +309,13 @@ class Process:
             pages=len(self.table.pages) if self.table else 0,
             age_s=now - self.submitted,
         )
+
+
+def _text(piece: object) -> str:
+    """What an image's decoder gave, which may be a plugin's."""
+    if not isinstance(piece, str):
+        raise ModelError(f"the model's decoder gave {type(piece).__name__}, no text")
+    return piece
 
 
 def salt_of(tenant: str) -> int:

@@ -68,6 +68,8 @@ class Processes:
     # -- beginnings --------------------------------------------------------------------------------------------------
 
     def submit(self, event: ev.Submit) -> None:
+        if not self._is_new(event.pid):
+            return
         request = event.request
         seed = event.seed if request.sampling.seed is None else request.sampling.seed
         process = Process(event.pid, request, seed, self._flights.now, nice=request.nice)
@@ -75,6 +77,8 @@ class Processes:
             self._begin(process)
 
     def fork(self, event: ev.Fork) -> None:
+        if not self._is_new(event.pid):
+            return
         parent = self.live.get(event.parent)
         if parent is None or (parent.table is None and not event.from_prompt):
             missing = f"process {event.parent} has ended or has not started; only a running process can fork"
@@ -89,18 +93,17 @@ class Processes:
     def restore(self, event: ev.Restore) -> None:
         began = event.session.began
         process = Process(event.pid, began.request, began.seed, self._flights.now, nice=began.request.nice)
-        if process.pid not in self.live:
+        if self._is_new(event.pid) and self._enter(process):
             self._restoring[event.pid] = event
-            if self._enter(process):
-                self._begin(process)
-            else:
-                del self._restoring[event.pid]
+            self._begin(process)
+
+    def _is_new(self, pid: int) -> bool:
+        """Pids only grow: no other has been used."""
+        new, self._last_pid = pid > self._last_pid, max(self._last_pid, pid)
+        return new
 
     def _enter(self, process: Process) -> bool:
         """Into the table, if there is room for it."""
-        if process.pid in self.live or (process.pid <= self._last_pid and process.pid not in self._restoring):
-            return False  # pids only grow: this one has been used
-        self._last_pid = max(self._last_pid, process.pid)
         try:
             if self.halting:
                 raise Closed("the kernel is closed")
