@@ -47,8 +47,8 @@ def alone(smollm2: Path, kernel: llm_os.Kernel) -> list[tuple[int, ...]]:
 
 
 def baseline(kernel: llm_os.Kernel) -> None:
-    """Nothing is left of the requests before."""
-    assert kernel.ps() == [] and kernel.memory().kv == 0 and kernel.memory().slack == 0
+    """Nothing is left of the requests before, but what the prefix cache keeps until somebody needs the room."""
+    assert kernel.ps() == [] and kernel.memory().kv == 0
 
 
 def test_it_knows_the_capital_of_france(smollm2: Path) -> None:
