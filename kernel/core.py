@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llm_os.kernel import events as ev
+from llm_os.kernel import invariants
 from llm_os.kernel.accounting import Accounting
 from llm_os.kernel.config import Config, parse_bytes
 from llm_os.kernel.costs import Costs
@@ -37,14 +38,14 @@ class Core:
         self.memory = Memory(budget, config.frame_bytes)
         self.flights = Flights()
         costs = Costs()
-        accounting = Accounting(config.tenants)
+        self.accounting = Accounting(config.tenants)
         swap = Swap(parse_bytes("swap_host", config.swap_host), parse_bytes("swap_disk", config.swap_disk))
         self.pager = Pager(self.memory, self.flights, costs, swap, config.prefix_cache)
         self.residency = Residency(config, self.memory, self.flights, costs)
         self.outbox = Outbox(self.flights, config.state is not None)
-        self.scheduler = Scheduler(config, self.pager, accounting, self._spare)
+        self.scheduler = Scheduler(config, self.pager, self.accounting, self._spare)
         self.table = Processes(
-            config, self.flights, self.outbox, self.pager, self.residency, self.scheduler, accounting
+            config, self.flights, self.outbox, self.pager, self.residency, self.scheduler, self.accounting
         )
         self.faults = Faults(self.residency, self.scheduler, self.pager, self.memory, self.flights)
         self.halting = False
@@ -385,6 +386,4 @@ class Core:
 
     def check(self) -> None:
         """The invariants of the ledger and the process table. Raises AssertionError."""
-        self.memory.check()
-        self.residency.check()
-        self.table.check()
+        invariants.check(self)

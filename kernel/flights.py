@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from msgspec import Struct
 
 from llm_os.kernel import events as ev
-from llm_os.kernel.memory import Page
 from llm_os.kernel.process import Process
+from llm_os.kernel.slab import Page
 
 
 class Flight(Struct, frozen=True):

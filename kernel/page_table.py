@@ -9,7 +9,7 @@ Pages may be shared, with forks and with the prefix cache. Who writes makes sure
 
 from __future__ import annotations
 
-from llm_os.kernel.memory import Page, Slab
+from llm_os.kernel.slab import Page, Slab
 
 
 class PageTable:

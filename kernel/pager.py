@@ -18,10 +18,11 @@ from llm_os.kernel import events as ev
 from llm_os.kernel.costs import Costs
 from llm_os.kernel.driver import Move
 from llm_os.kernel.flights import Flight, Flights
-from llm_os.kernel.memory import Memory, Page, Slab
+from llm_os.kernel.memory import Memory
 from llm_os.kernel.page_table import PageTable
 from llm_os.kernel.prefix_cache import PrefixCache, page_key, root_key
 from llm_os.kernel.process import Process
+from llm_os.kernel.slab import Page, Slab
 from llm_os.kernel.swap import Swap
 
 

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 
-from llm_os.kernel.memory import Page
+from llm_os.kernel.slab import Page
 
 
 def root_key(model: str, tenant: str) -> bytes:

@@ -6,17 +6,14 @@ fork, restore ─────────────^
 
 from __future__ import annotations
 
-from collections import Counter
-from heapq import heappop, heappush
-
 from llm_os.kernel import events as ev
 from llm_os.kernel.accounting import Accounting
 from llm_os.kernel.config import Config
+from llm_os.kernel.deadlines import Deadlines
 from llm_os.kernel.driver import Batch, Row, RowError, Sampled
 from llm_os.kernel.errors import Closed, DriverError, Error, ModelError, Refused, RequestError, as_error
 from llm_os.kernel.flights import Flights
 from llm_os.kernel.journal import Began, Blocked, Done, Given, Record, Took
-from llm_os.kernel.memory import Page
 from llm_os.kernel.outbox import Outbox
 from llm_os.kernel.page_table import PageTable
 from llm_os.kernel.pager import Pager
@@ -51,16 +48,14 @@ class Processes:
         self._scheduler = scheduler
         self._accounting = accounting
         self._last_pid = 0
-        self._deadlines: list[tuple[float, int]] = []  # heap of (time, pid); entries may be out of date
+        self._deadlines = Deadlines()
         self._restoring: dict[int, ev.Restore] = {}
         self._last_end: float | None = None
         self._between_ends = 1.0  # seconds, moving average: what a refused caller is told to wait
 
     @property
     def next_deadline(self) -> float | None:
-        while self._deadlines and self._deadlines[0][1] not in self.live:
-            heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        return self._deadlines.next(self.live)
 
     def of(self, model: Model) -> list[Process]:
         return [process for process in self.live.values() if process.request.model == model.name]
@@ -123,7 +118,7 @@ class Processes:
         queue_s = self._queue_s if request.queue_s is None else request.queue_s
         for limit in (queue_s, request.deadline_s):
             if limit is not None:
-                heappush(self._deadlines, (process.submitted + limit, process.pid))
+                self._deadlines.add(process.submitted + limit, process.pid)
         return True
 
     def _begin(self, process: Process) -> None:
@@ -315,8 +310,7 @@ class Processes:
 
     def expire(self, now: float) -> None:
         """End those whose time is up."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, pid = heappop(self._deadlines)
+        for pid in self._deadlines.due(now):
             process = self.live.get(pid)
             if process is None:
                 continue
@@ -442,63 +436,6 @@ class Processes:
         models = self._residency.models
         there = {name for name, model in models.items() if model.where is Where.ON_DEVICE}
         return [process.info(now, process.request.model in there) for process in self.live.values()]
-
-    def check(self) -> None:
-        """Recounts references, and looks at every process. Raises AssertionError."""
-        references: Counter[int] = Counter()
-        pages: dict[int, Page] = {}
-        for process in (*self.live.values(), *self.zombies.values()):
-            table = process.table
-            if table is not None:
-                for page in table.pages:
-                    references[id(page)] += 1
-                    pages[id(page)] = page
-                    assert page.slab is table.slab, "a page of another model"
-                assert process.computed <= len(table.pages) * table.slab.page_tokens
-                assert len(table.keys) <= len(table.pages)
-        demoting = 0
-        for flight in self._flights:
-            for page in flight.pages:
-                references[id(page)] += 1
-                pages[id(page)] = page
-            if isinstance(flight.operation, ev.Demote):
-                demoting += sum(page.slab.page_bytes for page in flight.pages)
-            if isinstance(flight.operation, ev.Run):
-                self._check_run(flight.operation.batch, flight.processes)
-        for page in self._pager.cache:
-            pages[id(page)] = page
-        for page in pages.values():
-            assert page.references == references[id(page)], "references of a page disagree"
-            assert page.references or page.cached, "a page that nobody knows"
-            assert page.number is None or page.slab.pages[page.number] is page
-        for slab in self._pager.memory.slabs.values():
-            for page in slab.pages.values():
-                assert id(page) in pages, "a page on the device that nobody knows"
-        self._check_swap(pages, demoting)
-        self._pager.cache.check()
-        self._accounting.check()
-        for process in self.live.values():
-            assert process.state is not State.ENDED
-            assert process.computed < max(1, len(process.tokens)), "nothing is left to feed"
-            assert process.active <= (process.state in (State.READY, State.RUNNING))
-            assert len(process.generated) <= process.max_tokens or not process.tokens
-        for process in self.zombies.values():
-            assert process.state is State.ENDED and process.flights
-
-    def _check_run(self, batch: Batch, processes: tuple[Process, ...]) -> None:
-        for fed, process in zip(batch.sequences, processes, strict=True):
-            assert process.flights and process.table is not None
-            assert fed.pages == tuple(page.number for page in process.table.pages), "a page moved under a batch"
-            assert fed.salt == process.salt
-            for page in process.table.pages[fed.position // process.table.slab.page_tokens :]:
-                assert page.references == 1 and not page.cached, "a shared page is being written"
-
-    def _check_swap(self, pages: dict[int, Page], demoting: int) -> None:
-        slots = {page.slot: page for page in pages.values() if page.slot is not None}
-        for flight in self._flights:
-            if isinstance(flight.operation, ev.SwapOut):
-                slots.update(zip(flight.operation.slots, flight.pages, strict=True))
-        self._pager.swap.check(slots, demoting)
 
 
 def _took(pid: int, chunk: Chunk) -> Took:

@@ -33,7 +33,8 @@ from llm_os.kernel.driver import Footprint, Placement
 from llm_os.kernel.errors import Refused, Unsupported
 from llm_os.kernel.flights import Flights
 from llm_os.kernel.image import Image
-from llm_os.kernel.memory import Memory, MemoryInfo, Slab, fit_page_tokens
+from llm_os.kernel.memory import Memory, MemoryInfo
+from llm_os.kernel.slab import Slab, fit_page_tokens
 from llm_os.kernel.swap import Swap
 
 MAX_RESTING = 4  # images kept open after their model has left the device: some 10 MB each, of a large vocabulary more

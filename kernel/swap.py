@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from llm_os.kernel.events import Tier
-from llm_os.kernel.memory import Page
+from llm_os.kernel.slab import Page
 
 
 class SwapStore(Protocol):

@@ -15,7 +15,7 @@ from llm_os.drivers.sim import SimDecoder, SimImage
 from llm_os.drivers.simulation.chooser import Chooser
 from llm_os.kernel import events as ev
 from llm_os.kernel.driver import Driver
-from llm_os.kernel.kernel import encode
+from llm_os.kernel.loop import encode
 
 TAMPERED = ("context", "vocabulary", "ends", "decoder", "push raises", "push type", "flush raises", "flush type")
 _NO_TOKENS: tuple[Any, ...] = (None, "text", 7, [1.5], ["a"], [-1], [10**30], {}, [None], (1, 2), b"bytes", [[]])

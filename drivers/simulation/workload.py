@@ -10,7 +10,7 @@ from llm_os.drivers.simulation.chooser import Chooser
 from llm_os.drivers.simulation.plan import UNIT, Plan
 from llm_os.drivers.simulation.story import Story
 from llm_os.kernel import events as ev
-from llm_os.kernel.kernel import encode
+from llm_os.kernel.loop import encode
 from llm_os.kernel.process import Process
 from llm_os.kernel.request import Request, Sampling
 

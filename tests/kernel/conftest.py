@@ -14,7 +14,7 @@ from llm_os.kernel import events as ev
 from llm_os.kernel.config import Config
 from llm_os.kernel.core import Core
 from llm_os.kernel.driver import Sample
-from llm_os.kernel.kernel import encode
+from llm_os.kernel.loop import encode
 from llm_os.kernel.process import salt_of
 from llm_os.kernel.random import uniform
 from llm_os.kernel.request import Request, Sampling

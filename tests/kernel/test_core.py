@@ -64,7 +64,7 @@ def test_a_cancel_in_any_state_leaves_nothing_behind(machine: Any, moment: type)
 
 
 def test_when_pages_run_out_the_newest_gives_way_and_still_answers_the_same(machine: Any) -> None:
-    m = machine(memory=6 * 2**20, page_tokens=4)
+    m = machine(memory=6 * 2**20, page_tokens=4, aging_s=1e6)
     for pid in range(1, 7):
         m.submit(pid, f"{pid}" * 20, sampling={"max_tokens": 40})
     m.settle()
@@ -397,10 +397,10 @@ def test_an_unloaded_model_keeps_its_image_until_its_file_changes(machine: type[
 
 def test_images_of_unloaded_models_are_few(machine: type[Any]) -> None:
     m = machine()
-    for number in range(7):
+    for number in range(1, 8):
         m.submit(number, model=f"sim:{number}")
         m.settle()
         m.post(ev.UnloadModel(100 + number, f"sim:{number}"))
         m.settle()
-    assert [info.name for info in m.core.residency.infos()] == ["sim:3", "sim:4", "sim:5", "sim:6"]
+    assert [info.name for info in m.core.residency.infos()] == ["sim:4", "sim:5", "sim:6", "sim:7"]
     assert m.closed_images == 3

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_os.kernel.memory import Memory, Page, Slab, fit_page_tokens
+from llm_os.kernel.memory import Memory
+from llm_os.kernel.slab import Page, Slab, fit_page_tokens
 
 FRAME = 4096
 
