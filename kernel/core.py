@@ -335,6 +335,7 @@ class Core:
         for process, count in batch:
             assert process.table is not None
             process.state = State.RUNNING
+            self.scheduler.runs(process, self._now)
             position = process.computed
             sequences.append(
                 Rows(

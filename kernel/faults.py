@@ -119,7 +119,7 @@ class Faults:
                 return True
             if not quiet:
                 return False  # pages that are in use now may move out of the way then
-        if not self._make_room(model, order, now, pages=missing > 0) and quiet and not self._scheduler.running:
+        if not self._make_room(model, order, now, pages=missing > 0) and quiet and self._residency.alone(model):
             fixed = "does not fit between the models that cannot be evicted"
             raise Refused(f"{model.name} {fixed}; unpin one, or load it before them")
         return False

@@ -87,7 +87,8 @@ class Process:
     active: bool = False  # in the running set
     urgency: int = 0  # its class, with what it had gained by waiting when it became active
     seniority: int = 0  # the order of becoming active for the first time; 0 is never
-    queued: float = 0.0  # since when it waits to become active
+    ran: bool = False  # since it became active
+    queued: float = 0.0  # since when it waits to run
     waited: float = 0.0  # seconds before that
     blocking: int | None = None  # the ticket to answer when it has stopped
     resumes: float | None = None  # when it is expected to be unblocked

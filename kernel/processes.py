@@ -88,7 +88,8 @@ class Processes:
     def restore(self, event: ev.Restore) -> None:
         began = event.session.began
         process = Process(event.pid, began.request, began.seed, self._flights.now, nice=began.request.nice)
-        if self._is_new(event.pid) and self._enter(process):
+        new = self._is_new(event.pid) or event.pid not in self.live  # they come at boot, in any order
+        if new and self._enter(process):
             self._restoring[event.pid] = event
             self._begin(process)
 

@@ -173,8 +173,7 @@ class Residency:
             tokens = self._fit(model.name, result.footprint)
             size = tokens * result.footprint.kv_bytes_per_token
             model.slab = Slab(self._memory, model.name, tokens, size)
-        assert model.slab is not None
-        model.slab.worth = self._costs.compute_s(model.weights, 1) / model.footprint.kv_bytes_per_token
+        self._appraise(model)
         return changed
 
     def _fit(self, name: str, cost: Footprint) -> int:
@@ -274,8 +273,15 @@ class Residency:
 
     def computed(self, name: str, tokens: int, sampled: bool, seconds: float) -> None:
         """A batch of so many tokens has run, and maybe one was generated."""
-        self.models[name].progressed |= sampled
-        self._costs.computed(self.models[name].weights, tokens, seconds)
+        model = self.models[name]
+        model.progressed |= sampled
+        self._costs.computed(model.weights, tokens, seconds)
+        self._appraise(model)
+
+    def _appraise(self, model: Model) -> None:
+        """What a byte of its KV is worth, as far as is known now."""
+        assert model.slab is not None and model.footprint is not None
+        model.slab.worth = self._costs.compute_s(model.weights, 1) / model.footprint.kv_bytes_per_token
 
     def touch(self, model: Model) -> None:
         """It is used."""
@@ -296,6 +302,11 @@ class Residency:
         """The model on the device that is missed the least: not pinned, and nobody runs or waits with it."""
         models = [m for m in self.models.values() if self._may_go(m) and m.live == m.blocked]
         return min(models, key=lambda m: (m.rent, m.last_run), default=None)
+
+    def alone(self, model: Model) -> bool:
+        """Whether every other model that has weights on the device is there to stay, and nobody runs with one."""
+        others = [m for m in self.models.values() if m.placement and m is not model]
+        return all(m.fixed and not m.live for m in others)
 
     def _may_go(self, model: Model) -> bool:
         return model.where is Where.ON_DEVICE and not model.fixed and not self._flights.busy(model.name)

@@ -71,7 +71,13 @@ class Scheduler:
     def suspend(self, process: Process, now: float) -> None:
         """From the running set back to the queue, with its pages."""
         self.withdraw(process)
-        self.enqueue(process, now)
+        self.enqueue(process, now if process.ran else process.queued)
+
+    def runs(self, process: Process, now: float) -> None:
+        """It is in a batch: it does not wait any more."""
+        if not process.ran:
+            process.ran = True
+            process.waited += now - process.queued
 
     def renice(self, process: Process, nice: int) -> None:
         waiting = self._unqueue(process)
@@ -176,8 +182,8 @@ class Scheduler:
         """Give it its pages, so that all its tokens have a place. False if there is no room yet."""
         table = process.table
         assert table is not None
-        if process.flights:  # its pages are on their way out, or moving
-            return False
+        if process.flights or any(page.busy and page.slot is not None for page in table.pages):
+            return False  # its pages are on their way out or in, or moving
         self._pager.attach(process)
         seniority = process.seniority or _LAST
         needed = table.shortage(process.computed, len(process.tokens)) + len(table.swapped)
@@ -191,8 +197,7 @@ class Scheduler:
         if not process.seniority:
             self._seniority += 1
             process.seniority = self._seniority
-        process.active, process.urgency = True, urgency
-        process.waited += now - process.queued
+        process.active, process.urgency, process.ran = True, urgency, False
         self._active[process.request.model][process.pid] = process
         return True
 
