@@ -213,6 +213,8 @@ class Pager:
         to compute them again, else let all of them go. True if they are free now, False if they will be."""
         table = process.table
         assert table is not None and not process.flights
+        for page in table.cut(table.slab.pages_for(process.computed)):  # nothing has been written to these
+            self.let_go(page)
         pages = [page for page in table.pages if page.number is not None and page.references == 1 and not page.busy]
         if pages and self._better_swapped(table.slab, len(pages)):
             tier = self.swap.tier_for(len(pages) * table.slab.page_bytes)

@@ -179,7 +179,7 @@ class Scheduler:
         return None
 
     def _activate(self, process: Process, model: Model, urgency: int, now: float) -> bool:
-        """Give it its pages, so that all its tokens have a place. False if there is no room yet."""
+        """Give it pages for all its tokens, or bring them back. False if there is no room yet."""
         table = process.table
         assert table is not None
         if process.flights or any(page.busy and page.slot is not None for page in table.pages):
@@ -190,8 +190,11 @@ class Scheduler:
         if not self._secure(process, model, needed, (process.nice, seniority), now):
             self.note_pages(process)
             return False
-        if table.swapped and not self._pager.swap_in(process):
-            return False
+        if table.swapped:
+            if not self._pager.swap_in(process):
+                return False
+        else:
+            self._pager.grow(process, len(process.tokens))  # nobody who is admitted later can take this room
         self._unqueue(process)
         self.idle.pop(process.pid, None)
         if not process.seniority:
