@@ -1,10 +1,23 @@
 """What each tenant has had, and what it may have: fair share by a virtual token counter, and quotas.
 
 Fair share follows VTC (Sheng et al., "Fairness in serving large language models", OSDI 2024): a tenant's counter grows
-by the tokens that it was served, an answer's token counting twice a prompt's, divided by its weight; whoever is to be
-admitted next comes from the tenant with the lowest counter; who comes back after a pause starts at the lowest counter
-of those that are here, so nobody saves up. Unlike the paper, tokens found in the prefix cache cost nothing, and tokens
-computed again after a preemption cost nothing the second time.
+by the tokens that it is served, divided by its weight: by INPUT for each token of a prompt when the process is admitted
+to the running set, by OUTPUT for each token of an answer when it is there. Whoever is admitted next is of the tenant
+with the lowest counter. A tenant that had nothing waiting and comes (back) starts no lower than the one that was
+admitted last in its class, so nobody saves up. Unlike in the paper, tokens found in the prefix cache cost nothing, nor
+do tokens that are computed again after a preemption.
+
+The bound. From t0 to t, tenants i and f of one class have processes waiting for one model. Then
+
+    c_i(t) - c_f(t) <= max(0, c_i(t0) - c_f(t0)) + U_i      U_i = (INPUT * prompt + OUTPUT * slots * answer) / weight_i
+
+where prompt and answer are i's longest, and slots is Config.batch_size: i is admitted only while c_i <= c_f; that costs
+it one prompt at once, and then the answers of its active processes, of which there are at most `slots`. So two tenants
+of weight 1 that begin alike are never served amounts that differ by more than the greater of U_i and U_f, and those of
+any time between by twice that. It is the paper's bound 2 max(w_p L_input, w_q M), with slots * answer in place of the
+M tokens that fit in memory. Tenants that use different models of one device get turns in the order of their counters,
+and stay within slots * (INPUT * prompt + OUTPUT) / weight. Models that do not fit together share time, not tokens
+(`residency.py`).
 
 Quotas are reserved when a request is admitted and settled when it ends: used + reserved <= quota at every moment.
 """
@@ -28,6 +41,7 @@ class Account:
     name: str
     limits: Tenant
     counter: float = 0.0
+    waiting: int = 0  # processes that wait to be admitted to the running set
     processes: int = 0  # live
     used_tokens: int = 0  # of processes that have ended
     reserved_tokens: int = 0
@@ -49,7 +63,7 @@ class Accounting:
     def __init__(self, tenants: Mapping[str, Tenant]) -> None:
         self._limits = tenants
         self._accounts: dict[str, Account] = {}
-        self._floor = 0.0  # the lowest counter when last somebody was here
+        self._last: dict[int, float] = {}  # by nice: the counter of the tenant that was admitted last
 
     def counter(self, tenant: str) -> float:
         return self._accounts[tenant].counter
@@ -63,10 +77,6 @@ class Accounting:
         most = account.limits.max_processes
         if most is not None and account.processes >= most:
             raise Refused(f"tenant {tenant!r} has {account.processes} live processes, the most that its quota allows")
-        if not account.processes:
-            here = [other.counter for other in self._accounts.values() if other.processes]
-            self._floor = min(here, default=self._floor)
-            account.counter = max(account.counter, self._floor)
         account.processes += 1
         return Reservation(account)
 
@@ -132,15 +142,31 @@ class Accounting:
             account.used_tokens += min(used, reservation.tokens)
         reservation.tokens = reservation.pages = 0
 
-    def charge(self, tenant: str, prompt_tokens: int, answer_tokens: int) -> None:
-        """A tenant was served."""
+    def arrived(self, tenant: str, nice: int) -> None:
+        """A process comes to wait in the class `nice`, from outside."""
         account = self._accounts[tenant]
-        account.counter += (INPUT * prompt_tokens + OUTPUT * answer_tokens) / account.limits.weight
+        if not account.waiting:
+            account.counter = max(account.counter, self._last.get(nice, 0.0))
+
+    def waits(self, tenant: str, change: int) -> None:
+        """One process more (1) or less (-1) waits to be admitted."""
+        self._accounts[tenant].waiting += change
+
+    def admitted(self, tenant: str, nice: int, prompt_tokens: int) -> None:
+        """A process of the class `nice` is to run; so many tokens of its prompt have not been paid for."""
+        account = self._accounts[tenant]
+        self._last[nice] = max(account.counter, self._last.get(nice, 0.0))
+        account.counter += INPUT * prompt_tokens / account.limits.weight
+
+    def answered(self, tenant: str, tokens: int) -> None:
+        account = self._accounts[tenant]
+        account.counter += OUTPUT * tokens / account.limits.weight
 
     def check(self) -> None:
         for account in self._accounts.values():
             limits = account.limits
-            assert min(account.processes, account.reserved_tokens, account.reserved_pages) >= 0
+            assert min(account.processes, account.reserved_tokens, account.reserved_pages, account.waiting) >= 0
+            assert account.waiting <= account.processes
             for most, now in (
                 (limits.max_processes, account.processes),
                 (limits.max_tokens, account.used_tokens + account.reserved_tokens),

@@ -321,7 +321,7 @@ class Core:
         if short is not None and not self.scheduler.running:
             self._starved(short)
             return
-        for model in self.scheduler.ranked(models):
+        for model in self.scheduler.ranked(models, self._now):
             batch, starved = self.scheduler.plan(model, self._now)
             if batch:
                 self._run(model, batch)

@@ -81,12 +81,14 @@ class Process:
     table: PageTable | None = None
     computed: int = 0  # tokens whose KV is in the pages
     cached: int | None = None  # prompt tokens that the prefix cache had
-    charged: int = 0  # tokens that its tenant has paid for
+    charged: int = 0  # tokens that it has used of its tenant's quota: computed or generated
+    paid: int = 0  # tokens whose computing its tenant's counter has been charged for
     flights: int = 0  # operations in flight that name its pages
     # how it waits
     active: bool = False  # in the running set
-    urgency: int = 0  # its class, with what it had gained by waiting when it became active
+    urgency: int = 0  # its class, with what it gained by waiting; kept while it is active
     seniority: int = 0  # the order of becoming active for the first time; 0 is never
+    ran_at: float = 0.0  # when it was last in a batch, or became active
     ran: bool = False  # since it became active
     queued: float = 0.0  # since when it waits to run
     waited: float = 0.0  # seconds before that

@@ -247,7 +247,7 @@ class Processes:
             for page in parent.table.pages[: table.slab.pages_for(child.computed)]:
                 table.add(page)
             table.keys = parent.table.keys[: child.computed // table.slab.page_tokens]
-            child.charged = child.computed
+            child.charged = child.paid = child.computed
             child.cached = min(child.computed, child.prompt_tokens)
         self._ready(child)
 
@@ -351,9 +351,8 @@ class Processes:
             self.fail(process, DriverError(message))
             return
         process.computed += fed
-        given = process.foreign(process.charged, process.computed)
-        process.charged = max(process.charged, process.computed)
-        self._accounting.charge(process.request.tenant, given, int(sampled))
+        process.charged = max(process.charged, process.computed + int(sampled))
+        self._accounting.answered(process.request.tenant, int(sampled))
         self._pager.list_full(process)
         if not isinstance(row, Sampled) or not sampled:
             return

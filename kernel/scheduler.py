@@ -7,10 +7,16 @@
 Continuous batching (Orca, Yu et al., OSDI 2022) with chunked prefill (Sarathi-Serve, Agrawal et al., OSDI 2024): each
 turn hands out `batch_tokens` tokens to active processes of one model, those that decode first.
 
-Who is admitted next: the most urgent class (nice, one class better for each `aging_s` of waiting in all), then the
-tenant that had the least (`accounting.py`), then arrival. One order for all models on the device, and nobody passes the
-first in it, so that many small requests cannot keep a large one out. A newcomer whose nice is better than an active
-process's class suspends it; waiting protects, but does not push. Else who is active goes on until it ends.
+Who is admitted next: the most urgent class, then the tenant that had the least (`accounting.py`), then arrival. One
+order for all models on the device, and nobody passes the first in it, so that many small requests cannot keep a large
+one out. A newcomer whose nice is better than an active process's class suspends it; else who is active goes on until it
+ends, or its pages are taken.
+
+A class is a nice and all who wait with it. It becomes better by one for each `aging_s` that the one who waits longest
+has waited in all, at most as good as the best nice that is here: so waiting brings nobody before another of the same
+nice (that would make first come, first served of fair share), and after 39 * aging_s the worst class shares with the
+best. What a process has gained by then it keeps while it is active: waiting protects, but does not push. The same goes
+for an active process that gets into no batch.
 
 When pages run out, they are taken in this order: cached ones; of processes that are blocked, by what their waiting
 wastes (InferCept, Abhyankar et al., ICML 2024); of others that are not active; idle models' weights; of active
@@ -20,7 +26,7 @@ others may take from it: so somebody gets on every turn.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 
 from llm_os.kernel.accounting import Accounting
@@ -45,14 +51,22 @@ class Scheduler:
         self._spare = spare
         self._active: dict[str, dict[int, Process]] = {}  # by model
         self._queues: dict[str, dict[int, dict[str, deque[Process]]]] = {}  # by model, nice and tenant
+        self._nices: Counter[int] = Counter()  # of all who wait or are active
         self.idle: dict[int, Process] = {}  # processes that have pages and are not active
         self._seniority = 0
 
     # -- the two sets ------------------------------------------------------------------------------------------------
 
     def enqueue(self, process: Process, now: float) -> None:
-        """It waits to become active, among those of its class and tenant behind all who have waited longer in all."""
+        """It comes from outside, and waits to become active."""
+        self._accounting.arrived(process.request.tenant, process.nice)
+        self._nices[process.nice] += 1
+        self._queue(process, now)
+
+    def _queue(self, process: Process, now: float) -> None:
+        """Among those of its nice and tenant behind all who have waited longer in all."""
         process.queued = now
+        self._accounting.waits(process.request.tenant, 1)
         queues = self._queues.setdefault(process.request.model, {}).setdefault(process.nice, {})
         queue = queues.setdefault(process.request.tenant, deque())
         at = len(queue)
@@ -63,27 +77,32 @@ class Scheduler:
 
     def withdraw(self, process: Process) -> None:
         """It neither runs nor waits from now on: it has ended, or is blocked."""
-        self._active.get(process.request.model, {}).pop(process.pid, None)
-        self._unqueue(process)
+        if self._active.get(process.request.model, {}).pop(process.pid, None) or self._unqueue(process):
+            self._nices[process.nice] -= 1
         process.active = False
         self.note_pages(process)
 
     def suspend(self, process: Process, now: float) -> None:
         """From the running set back to the queue, with its pages."""
-        self.withdraw(process)
-        self.enqueue(process, now if process.ran else process.queued)
+        del self._active[process.request.model][process.pid]
+        process.active = False
+        self._queue(process, now if process.ran else process.queued)
 
     def runs(self, process: Process, now: float) -> None:
         """It is in a batch: it does not wait any more."""
+        process.urgency, process.ran_at = self.urgency(process, now), now
         if not process.ran:
             process.ran = True
             process.waited += now - process.queued
 
     def renice(self, process: Process, nice: int) -> None:
         waiting = self._unqueue(process)
+        if waiting or process.active:
+            self._nices[process.nice] -= 1
+            self._nices[nice] += 1
         process.nice = process.urgency = nice
         if waiting:
-            self.enqueue(process, process.queued)
+            self._queue(process, process.queued)
 
     def _unqueue(self, process: Process) -> bool:
         model = self._queues.get(process.request.model, {})
@@ -93,6 +112,7 @@ class Scheduler:
             return False
         assert isinstance(queue, deque)
         queue.remove(process)
+        self._accounting.waits(process.request.tenant, -1)
         if not queue:
             del queues[process.request.tenant]
         if not queues:
@@ -119,18 +139,33 @@ class Scheduler:
     # -- who is first ------------------------------------------------------------------------------------------------
 
     def urgency(self, process: Process, now: float) -> int:
-        """The class of a process: nice, better by one for each aging_s that it has waited."""
+        """The class of a process now."""
         if process.active:
-            return process.urgency
-        return process.nice - int((process.waited + now - process.queued) / self._aging_s)
+            return self._aged(process.urgency, now - process.ran_at)
+        return self._class(process.nice, now)
 
-    def _order(self, process: Process, now: float) -> tuple[int, float, int]:
-        return self.urgency(process, now), self._accounting.counter(process.request.tenant), process.pid
+    def _class(self, nice: int, now: float) -> int:
+        heads = (q[0] for model in self._queues.values() if nice in model for q in model[nice].values())
+        return self._aged(nice, max((head.waited + now - head.queued for head in heads), default=0.0))
+
+    def _aged(self, urgency: int, waited: float) -> int:
+        gained = int(waited / self._aging_s)
+        if gained <= 0:
+            return urgency
+        best = min(nice for nice, count in self._nices.items() if count)
+        return min(urgency, max(best, urgency - gained))
 
     def first(self, model: str, now: float) -> tuple[tuple[int, float, int], Process] | None:
         """Who of this model's waiting processes is to become active next, and its place in the order."""
-        heads = (queue[0] for queues in self._queues.get(model, {}).values() for queue in queues.values())
-        return min(((self._order(head, now), head) for head in heads), default=None, key=lambda pair: pair[0])
+        counter = self._accounting.counter
+        found = None
+        for nice, queues in self._queues.get(model, {}).items():
+            urgency = self._class(nice, now)
+            for tenant, queue in queues.items():
+                order = urgency, counter(tenant), queue[0].pid
+                if found is None or order < found[0]:
+                    found = order, queue[0]
+        return found
 
     def nices(self, model: str) -> Iterable[int]:
         """The nice of those who wait with this model."""
@@ -138,14 +173,14 @@ class Scheduler:
 
     def most_urgent(self, model: str, now: float) -> int | None:
         """The best class of all who run or wait with this model; None if nobody does."""
-        urgencies = [process.urgency for process in self._active.get(model, {}).values()]
+        urgencies = [self.urgency(process, now) for process in self._active.get(model, {}).values()]
         if (first := self.first(model, now)) is not None:
             urgencies.append(first[0][0])
         return min(urgencies, default=None)
 
     # -- a turn ------------------------------------------------------------------------------------------------------
 
-    def ranked(self, models: Iterable[Model]) -> list[Model]:
+    def ranked(self, models: Iterable[Model], now: float) -> list[Model]:
         """Those with a process that could run, the one to run first: by class, then by whose tenant had the least, then
         in turns."""
         keys: dict[str, tuple[int, float]] = {}
@@ -153,7 +188,7 @@ class Scheduler:
             ready = [p for p in self._active.get(model.name, {}).values() if not p.flights]
             if ready:
                 counter = self._accounting.counter
-                keys[model.name] = min((p.urgency, counter(p.request.tenant)) for p in ready)
+                keys[model.name] = min((self.urgency(p, now), counter(p.request.tenant)) for p in ready)
         return sorted((m for m in models if m.name in keys), key=lambda m: (*keys[m.name], m.last_run))
 
     def admit(self, models: Iterable[Model], now: float, before: tuple[int, float, int] | None) -> Process | None:
@@ -185,6 +220,7 @@ class Scheduler:
         if process.flights or any(page.busy and page.slot is not None for page in table.pages):
             return False  # its pages are on their way out or in, or moving
         self._pager.attach(process)
+        process.paid = max(process.paid, process.computed)
         seniority = process.seniority or _LAST
         needed = table.shortage(process.computed, len(process.tokens)) + len(table.swapped)
         if not self._secure(process, model, needed, (process.nice, seniority), now):
@@ -200,7 +236,10 @@ class Scheduler:
         if not process.seniority:
             self._seniority += 1
             process.seniority = self._seniority
-        process.active, process.urgency, process.ran = True, urgency, False
+        process.active, process.urgency, process.ran, process.ran_at = True, urgency, False, now
+        unpaid = process.foreign(process.paid, len(process.tokens))
+        self._accounting.admitted(process.request.tenant, process.nice, unpaid)
+        process.paid = len(process.tokens)
         self._active[process.request.model][process.pid] = process
         return True
 
@@ -210,7 +249,7 @@ class Scheduler:
         batch: list[tuple[Process, int]] = []
         budget = self._batch_tokens
         ready = [p for p in self._active.get(model.name, {}).values() if not p.flights]
-        ready.sort(key=lambda p: (p.urgency, p.remaining > 1, p.seniority))
+        ready.sort(key=lambda p: (self.urgency(p, now), p.remaining > 1, p.seniority))
         for process in ready:
             if budget == 0 or len(batch) == self._batch_size:
                 break
