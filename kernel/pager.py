@@ -356,8 +356,14 @@ class Pager:
         return lost
 
     def _swapped_out(self, flight: Flight, slots: tuple[int, ...], tier: ev.Tier, failed: bool) -> None:
-        if failed:
+        if failed:  # whoever needs the room does not wait for another try: these pages will be computed again
             self.swap.release(slots)
+            for page in flight.pages:
+                if page.cached:
+                    self.cache.remove(page)
+            for process in flight.processes:
+                if not process.flights:
+                    self.release(process)
             return
         size = 0
         for page, slot in zip(flight.pages, slots, strict=True):

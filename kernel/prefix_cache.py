@@ -79,16 +79,23 @@ class PrefixCache:
         assert page.key is not None and page.cached
         del (self._tails if page.tokens else self._full)[page.key]
         page.key, page.tokens, page.cached = None, (), False
+        self._tidy(self._device)
+        self._tidy(self._swapped)
+
+    def _tidy(self, heap: list[tuple[float, int, Page]]) -> None:
+        """Drop what is out of date, once it is most of a heap."""
+        if len(heap) > 64 + 4 * len(self):
+            heap[:] = [entry for entry in heap if _resting(entry)]
+            heapify(heap)
 
     def rest(self, page: Page) -> None:
         """Nobody holds it any more: it waits to be used again, or to be evicted."""
         page.rent = self._inflation + (1 + page.uses) * page.slab.worth
         self._serial += 1
+        page.rested = self._serial
         heap = self._swapped if page.number is None else self._device
         heappush(heap, (page.rent, self._serial, page))
-        if len(heap) > 64 + 4 * len(self):
-            heap[:] = [entry for entry in heap if _resting(entry)]
-            heapify(heap)
+        self._tidy(heap)
 
     def evict(self, fits: Callable[[Page], bool] = lambda page: True, swapped: bool = False) -> Page | None:
         """Forget the page of least rent of those that nobody holds, on the device (or in swap), and that fit."""
@@ -116,11 +123,12 @@ class PrefixCache:
             assert page.cached and page.key == key and not page.tokens
         for before, page in self._tails.items():
             assert page.cached and page.key == before and page.tokens
-        resting = {id(page) for rent, _, page in (*self._device, *self._swapped) if page.rent == rent}
+        resting = {id(entry[2]) for entry in (*self._device, *self._swapped) if _resting(entry)}
+        assert max(len(self._device), len(self._swapped)) <= 65 + 4 * len(self), "the order of eviction has no end"
         for page in self:
             assert page.references or id(page) in resting, "a cached page can never be evicted"
 
 
 def _resting(entry: tuple[float, int, Page]) -> bool:
-    rent, _, page = entry
-    return page.cached and not page.references and page.rent == rent
+    _, serial, page = entry
+    return page.cached and not page.references and page.rested == serial

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Page:
     """The KV of some tokens of one model, wherever it lies. Tables point to it, so that it can move."""
 
-    __slots__ = ("busy", "cached", "key", "number", "references", "rent", "slab", "slot", "tokens", "uses")
+    __slots__ = ("busy", "cached", "key", "number", "references", "rent", "rested", "slab", "slot", "tokens", "uses")
 
     def __init__(self, slab: Slab) -> None:
         self.slab = slab
@@ -33,6 +33,7 @@ class Page:
         self.cached = False  # listed in the prefix cache
         self.uses = 0  # how often the prefix cache gave it out
         self.rent = 0.0  # its place in the order of eviction
+        self.rested = 0  # the number of its last entry there
 
 
 class Slab:
