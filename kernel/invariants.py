@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llm_os.kernel import events as ev
 from llm_os.kernel.flights import Flight
-from llm_os.kernel.process import State
+from llm_os.kernel.process import Process, State
 from llm_os.kernel.slab import Page
 
 if TYPE_CHECKING:
@@ -36,8 +36,18 @@ def check(core: Core) -> None:
         assert process.computed < max(1, len(process.tokens)), "nothing is left to feed"
         assert process.active <= (process.state in (State.READY, State.RUNNING))
         assert len(process.generated) <= process.max_tokens or not process.tokens
+        _check_quota(process)
     for process in core.table.zombies.values():
         assert process.state is State.ENDED and process.flights
+
+
+def _check_quota(process: Process) -> None:
+    """It has no more than was reserved for it, where its tenant has a quota."""
+    held = process.reservation
+    assert held is not None
+    assert held.account.limits.max_tokens is None or process.charged <= held.tokens, "more tokens than were reserved"
+    pages = len(process.table.pages) if process.table else 0
+    assert held.account.limits.max_pages is None or pages <= held.pages, "more pages than were reserved"
 
 
 def _check_references(core: Core, flights: list[Flight]) -> list[Page]:

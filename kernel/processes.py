@@ -168,9 +168,19 @@ class Processes:
         answer = process.request.sampling.max_tokens
         self._residency.check_size(model)
         self._residency.check_room(model, process.prompt_tokens, answer or 1)
-        most = self._accounting.reserve(process.reservation, len(process.tokens), answer, model.slab.page_tokens)
+        said = len(process.generated)
+        left = None if answer is None else answer - said
+        most = self._accounting.reserve(process.reservation, len(process.tokens), left, model.slab.page_tokens)
         if most is not None:
-            process.max_tokens = min(process.max_tokens, most)
+            process.max_tokens = min(process.max_tokens, said + most)
+
+    def _extend(self, process: Process, given: int, ahead: int = 0) -> None:
+        """Set aside what it may use beyond its request: `given` tokens, of which `ahead` are not in its context yet.
+        Raises Refused."""
+        slab = self._residency.models[process.request.model].slab
+        assert slab is not None and process.reservation is not None
+        total = len(process.tokens) + ahead + process.max_tokens - len(process.generated)
+        self._accounting.extend(process.reservation, given, total, slab.page_tokens)
 
     def _ready(self, process: Process) -> None:
         """It has tokens: from now on it waits for its turn."""
@@ -194,6 +204,8 @@ class Processes:
             process.admit(list(session.began.prompt))
             self._reserve(process)
             chunk = process.replay(took, self._flights.now)
+            if given := sum(count for _, count in process.given):
+                self._extend(process, given)
         except Exception as error:  # the model file may be another one now
             self.fail(process, as_error(error, RequestError))
             return
@@ -296,10 +308,7 @@ class Processes:
             if process.state is not State.BLOCKED:
                 raise RequestError(f"process {event.pid} is not blocked")
             process.check_gift(event.tokens)
-            assert process.reservation is not None and process.table is not None
-            size = process.table.slab.page_tokens
-            total = len(process.tokens) + len(event.tokens) + process.max_tokens - len(process.generated)
-            self._accounting.extend(process.reservation, len(event.tokens), total, size)
+            self._extend(process, len(event.tokens), ahead=len(event.tokens))
         except Error as error:
             self._reply(event.ticket, error)
             return

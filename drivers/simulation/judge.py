@@ -166,12 +166,13 @@ class Judge:
     # -- bounds --------------------------------------------------------------------------------------------------------
 
     def _first(self, story: Story, now: float) -> None:
-        """It runs for the first time. Nobody of its model who came long before it still waits for that."""
+        """It runs for the first time. Nobody of its model and tenant who came long before it still waits for that."""
         if story.ready is None:
             return
         before = story.ready - (CLASSES + 1) * self._plan.config.aging_s
         for other in self._workload.live.values():
-            late = other.ready is not None and other.ready < before and other.request.model == story.request.model
+            alike = (other.request.model, other.request.tenant) == (story.request.model, story.request.tenant)
+            late = alike and other.pid < story.pid and other.ready is not None and other.ready < before
             if late and not (other.ran_first or other.killed or other.excused or other.blocked):
                 insist(False, "starvation", f"{story.pid} runs before {other.pid}, which waits since {other.ready}")
 
