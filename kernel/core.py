@@ -317,18 +317,22 @@ class Core:
         models = [m for m in self.residency.models.values() if m.where is Where.ON_DEVICE and not m.draining]
         if self.halting:
             models = []
-        short = self.scheduler.admit(models, self._now, before)
-        if short is not None and not self.scheduler.running:
-            self._starved(short)
-            return
+        waits = False
+        while not waits:
+            starved = self.scheduler.admit(models, self._now, before)
+            if starved is None or self.scheduler.running:
+                starved = self._run_first(models)
+            waits = starved is None or not self._starved(starved)
+
+    def _run_first(self, models: list[Model]) -> Process | None:
+        """Start a batch; or say who starves."""
         for model in self.scheduler.ranked(models, self._now):
             batch, starved = self.scheduler.plan(model, self._now)
             if batch:
                 self._run(model, batch)
-                return
-            if starved is not None:
-                self._starved(starved)
-                return
+            if batch or starved is not None:
+                return None if batch else starved
+        return None
 
     def _run(self, model: Model, batch: list[tuple[Process, int]]) -> None:
         sequences = []
@@ -353,12 +357,12 @@ class Core:
         run = ev.Run(model.last_run, Batch(model=model.name, sequences=tuple(sequences)))
         self.flights.start(run, tuple(process for process, _ in batch))
 
-    def _starved(self, process: Process) -> None:
+    def _starved(self, process: Process) -> bool:
         """No other process has memory to give. Other models have, or what is in flight; if not, memory is full: an
-        open-ended answer ends here, a promised length cannot be kept."""
-        moving = (ev.Copy, ev.SwapOut, ev.SwapIn, ev.Load, ev.Unload, ev.Release)
+        open-ended answer ends here, a promised length cannot be kept. True if it has ended: others may go on."""
+        moving = (ev.Copy, ev.SwapOut, ev.SwapIn, ev.Demote, ev.Load, ev.Unload, ev.Release)
         if self.flights.flying(*moving) or self.faults.displace_any(process, self._now):
-            return
+            return False
         if process.request.sampling.max_tokens is None and process.generated:
             self.table.end(process, "length")
         else:
@@ -366,6 +370,7 @@ class Core:
                 f"memory is full after {len(process.tokens)} tokens; lower max_tokens, unload a model or raise memory"
             )
             self.table.fail(process, Refused(full))
+        return True
 
     def _spare(self, model: Model) -> bool:
         """Start to evict an idle model other than this one, or wait for one that is on its way."""

@@ -222,7 +222,7 @@ class Processes:
 
     def _branch(self, parent: Process) -> None:
         """Let children begin that waited for this process to stand still, or for its prompt to be computed."""
-        if not parent.forks or parent.flights:
+        if not parent.forks or parent.flights or parent.state is State.NEW:
             return
         children, parent.forks = parent.forks, []
         for child in children:
@@ -405,6 +405,8 @@ class Processes:
 
     def fail(self, process: Process, error: Exception, keep: bool = False) -> None:
         """It ends with an error. `keep` leaves it in the journal, to go on in the kernel's next life."""
+        if process.state is State.ENDED:  # its parent, which ended just before it, took it along
+            return
         self.remove(process)
         records = () if keep or not process.tokens else (Done(process.pid),)
         self._outbox.say(ev.Deliver(process.pid, error=error), *records)

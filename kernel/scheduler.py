@@ -312,7 +312,13 @@ class Scheduler:
             p
             for active in self._active.values()
             for p in active.values()
-            if p.rank > rank and p is not process and not p.flights and p.pid not in batch and p.table and p.table.pages
+            if p.rank > rank
+            and p is not process
+            and not p.flights
+            and p.pid not in batch
+            and p.table
+            and p.table.pages
+            and (p.ran or p.urgency > rank[0])  # what is brought back is used before it goes again
         ]
         if later:
             yield max(later, key=lambda p: p.rank)

@@ -41,6 +41,7 @@ class Swap:
         self.used: dict[Tier, int] = {"host": 0, "disk": 0}
         self._slots: dict[int, tuple[Tier, Page]] = {}  # in order of age
         self._last = 0
+        self._failed = -1  # the last slot there was when a demotion failed: no other try before the next one
 
     @property
     def enabled(self) -> bool:
@@ -71,7 +72,7 @@ class Swap:
 
     def surplus(self) -> list[Page]:
         """The oldest pages in host memory, when it is nearly full and the disk has room for them: a quarter of it."""
-        if self.used["host"] * 8 <= self.capacity["host"] * 7:
+        if self.used["host"] * 8 <= self.capacity["host"] * 7 or self._failed == self._last:
             return []
         room = min(self.capacity["disk"] - self.used["disk"], self.capacity["host"] // 4)
         found = []
@@ -89,6 +90,8 @@ class Swap:
         assert self.used["disk"] <= self.capacity["disk"]
 
     def end_demotion(self, slots: Iterable[int], moved: bool) -> None:
+        if not moved:
+            self._failed = self._last
         for slot in slots:
             _, page = self._slots[slot]
             if moved:

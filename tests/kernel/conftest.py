@@ -23,6 +23,8 @@ from llm_os.kernel.request import Request, Sampling
 class Machine:
     """A core whose operations happen when the test says so, in any order, and as late as that."""
 
+    tick = 1.0  # seconds a step
+
     def __init__(self, **config: Any) -> None:
         self.config = Config(**{"driver": "sim", "memory": "64MiB", "frame_size": "64KiB", **config})
         self.core = Core(self.config, self.config.budget(0))
@@ -31,16 +33,17 @@ class Machine:
         self.pending: list[ev.Operation] = []
         self.deliveries: dict[int, list[ev.Deliver]] = defaultdict(list)
         self.replies: dict[int, ev.Reply] = {}
-        self.closed_images = 0
+        self.opened_images = self.closed_images = 0
         self.swapped: dict[int, bytes] = {}
         self.journal: list[Any] = []
         self.requests: dict[int, tuple[Request, int]] = {}
         self.runs: list[ev.Run] = []
         self.mangle: Callable[[ev.Operation, Any], Any] = lambda operation, result: result
+        self.refuse: Callable[[ev.Operation], None] = lambda operation: None
 
     def post(self, *events: ev.Event) -> None:
         """One step with these events; its actions are sorted into what they are."""
-        self.now += 1.0
+        self.now += self.tick
         for action in self.core.step(self.now, events):
             match action:
                 case ev.Deliver(pid):
@@ -65,14 +68,16 @@ class Machine:
         self.requests[pid] = (request, 1000 + pid)
         self.post(ev.Submit(pid, request, 1000 + pid))
 
-    def fork(self, pid: int, parent: int) -> None:
+    def fork(self, pid: int, parent: int, from_prompt: bool = False) -> None:
         self.requests[pid] = (self.requests[parent][0], 1000 + pid)
-        self.post(ev.Fork(pid, parent, 1000 + pid))
+        self.post(ev.Fork(pid, parent, 1000 + pid, from_prompt))
 
     def complete(self, index: int = 0) -> None:
-        """Perform one pending operation now, and tell the core."""
+        """Perform one pending operation now, and tell the core. `refuse` may fail it before it begins, and `mangle`
+        spoil what came of it."""
         operation = self.pending.pop(index)
         try:
+            self.refuse(operation)
             result = self.mangle(operation, self._perform(operation))
         except Exception as error:
             self.post(ev.Completed(operation.id, error=error))
@@ -85,7 +90,7 @@ class Machine:
             if self.pending:
                 self.complete()
             elif self.core.wakeup is not None:
-                self.now = max(self.now, self.core.wakeup - 1.0)
+                self.now = max(self.now, self.core.wakeup - self.tick)
                 self.post()
             else:
                 return
@@ -132,6 +137,7 @@ class Machine:
         match operation:
             case ev.Open(_, model, last):
                 image = last if last is not None and last.fresh() else SimImage.parse(model)
+                self.opened_images += image is not last
                 return ev.Opened(image, self.driver.footprint(image, self.config.batch_tokens))
             case ev.Encode():
                 return encode(operation)
