@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export QUESTION ?= What is the capital of France?
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test sim lint types imports packaging check clean
+.PHONY: help install dev run test sim planted-bugs lint types imports packaging check clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ test: dev ## run the tests
 
 sim: dev ## run the kernel in a simulated world full of faults: 300 seeds, some 300,000 steps
 	@$(BIN)/llm-os sim --seeds 1..300 --steps 600 --faults all --jobs 2
+
+planted-bugs: dev ## bugs planted in copies of the kernel: the simulator must find each
+	@$(BIN)/python tests/planted_bugs.py
 
 lint: dev ## ruff, formatting included
 	@$(BIN)/ruff check .
