@@ -49,7 +49,7 @@ class Faults:
             model.draining = False
         if self._needy is not None and self._needy.state in (State.ENDED, State.BLOCKED):
             self._needy = None
-        for order, model in sorted(self._wanted(models, now), key=lambda pair: pair[0]):
+        for order, model in sorted(self._wanted(models, now), key=_turn):
             try:
                 self._residency.check_size(model)
                 if self._needy is not None and not self._may_come(model, order, self._needy, now):
@@ -143,19 +143,19 @@ class Faults:
         return process is not None or self._waits
 
     def _displaceable(self, newcomer: Model, order: Order, nice: int, now: float) -> Model | None:
-        """A model all of whose processes are of a later class than `nice`, or that has had its slice and whose
-        processes come later in the order of admission."""
+        """A model all of whose processes are of a later class than `nice`, or that has had its slice and none of whose
+        processes comes before the newcomer's by class and counter: else it would come back at once."""
         found: list[tuple[int, float, Model]] = []
         for model in self._residency.models.values():
             if model.where is Where.ON_DEVICE and not model.fixed:
-                urgency = self._scheduler.most_urgent(model.name, now)
-                if urgency is None:  # nobody runs or waits with it now, though somebody may soon
+                standing = self._scheduler.standing(model.name, now)
+                if standing is None:  # nobody runs or waits with it now, though somebody may soon
                     found.append((0, model.loaded_at, model))
                     continue
                 ends = self._residency.slice_ends(model, newcomer)
-                if urgency > nice or (urgency >= order[0] and now >= ends):
-                    found.append((-urgency, model.loaded_at, model))
-                elif urgency >= order[0]:
+                if standing[0] > nice or (standing >= order[:2] and now >= ends):
+                    found.append((-standing[0], model.loaded_at, model))
+                elif standing >= order[:2]:
                     self._wait(ends)
         return min(found, key=lambda entry: entry[:2])[2] if found else None
 
@@ -180,3 +180,9 @@ class Faults:
         self._needy = process
         self.displace(min(others, key=lambda m: m.rent), now)
         return True
+
+
+def _turn(wanted: tuple[Order, Model]) -> tuple[int, float, int, int]:
+    """By class and counter; of equals, the model that has not run for longest."""
+    (urgency, counter, pid), model = wanted
+    return urgency, counter, model.last_run, pid

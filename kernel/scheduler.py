@@ -171,12 +171,14 @@ class Scheduler:
         """The nice of those who wait with this model."""
         return self._queues.get(model, {}).keys()
 
-    def most_urgent(self, model: str, now: float) -> int | None:
-        """The best class of all who run or wait with this model; None if nobody does."""
-        urgencies = [self.urgency(process, now) for process in self._active.get(model, {}).values()]
+    def standing(self, model: str, now: float) -> tuple[int, float] | None:
+        """The best class of all who run or wait with this model, and the least counter in it; None if nobody does."""
+        counter = self._accounting.counter
+        active = self._active.get(model, {}).values()
+        standings = [(self.urgency(process, now), counter(process.request.tenant)) for process in active]
         if (first := self.first(model, now)) is not None:
-            urgencies.append(first[0][0])
-        return min(urgencies, default=None)
+            standings.append(first[0][:2])
+        return min(standings, default=None)
 
     # -- a turn ------------------------------------------------------------------------------------------------------
 
