@@ -215,7 +215,8 @@ class Processes:
         if chunk is not None:
             self._outbox.say(ev.Deliver(process.pid, chunk))
         self._ready(process)
-        if session.since and isinstance(session.since[-1], Blocked):
+        stopped = process.state is State.BLOCKED  # it was asked to, while its model was being opened
+        if not stopped and session.since and isinstance(session.since[-1], Blocked):
             self._block(process)
 
     # -- forks -------------------------------------------------------------------------------------------------------

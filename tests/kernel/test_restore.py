@@ -1,0 +1,47 @@
+"""Sessions of an earlier life, and forks, that come before their model is open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llm_os.kernel import events as ev
+from llm_os.kernel.journal import Blocked, replay
+
+
+def test_a_session_that_was_blocked_and_is_asked_to_block_again_waits_once(machine: type[Any]) -> None:
+    first = machine(state=Path("state"))
+    first.submit(1, sampling={"max_tokens": 8})
+    first.until(ev.Run)
+    first.post(ev.Block(70, 1))
+    while 70 not in first.replies:
+        first.complete()
+    assert isinstance(first.journal[-1], Blocked)
+    m = machine(state=Path("state"))
+    m.requests = first.requests
+    m.post(ev.Restore(1, replay(first.journal)[1]))
+    m.post(ev.Block(71, 1))
+    m.settle()
+    assert m.replies[71].error is None and m.core.processes
+    m.post(ev.Unblock(72, 1))
+    m.settle()
+    assert m.replies[72].error is None and m.tokens(1) == m.expected(1)
+    m.post(ev.UnloadModel(73, "sim:a"))
+    m.settle()
+    assert m.replies[73].error is None
+
+
+def test_samples_of_a_request_wait_until_its_model_is_open(machine: type[Any]) -> None:
+    m = machine()
+    m.submit(1, sampling={"temperature": 1.0})
+    m.fork(2, 1, from_prompt=True)
+    m.settle()
+    assert m.tokens(1) == m.expected(1) and m.tokens(2) == m.expected(2) and m.tokens(1) != m.tokens(2)
+
+
+def test_a_model_that_cannot_be_opened_ends_a_request_and_its_samples_once_each(machine: type[Any]) -> None:
+    m = machine()
+    m.submit(1, model="sim:a?layers=many")
+    m.fork(2, 1, from_prompt=True)
+    m.settle()
+    assert m.end(1) == "ModelNotFound" and m.end(2) == "RequestError" and not m.core.processes
