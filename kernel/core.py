@@ -230,7 +230,9 @@ class Core:
         if not places:  # copy on write
             if event.error is not None:
                 for process in processes:
-                    self.table.fail(process, as_error(event.error, DriverError))
+                    self.pager.uncopied(process)
+                    if process.state is not State.ENDED:
+                        self.table.fail(process, as_error(event.error, DriverError))
             return
         for model in self.residency.models.values():
             if model.where is Where.LOADING and not self.flights.busy(model.name):

@@ -372,6 +372,11 @@ class Pager:
             size += page.slab.page_bytes
         self._costs.swapped(size, tier, self._flights.now - flight.started)
 
+    def uncopied(self, process: Process) -> None:
+        """The copy that it was to write on has failed: there is nothing on it."""
+        assert process.table is not None
+        process.computed -= process.computed % process.table.slab.page_tokens
+
     def truncate(self, process: Process, lost: Iterable[Page]) -> None:
         """Pages of this process are lost: it computes again from the first of them on."""
         table = process.table

@@ -404,3 +404,23 @@ def test_images_of_unloaded_models_are_few(machine: type[Any]) -> None:
         m.settle()
     assert [info.name for info in m.core.residency.infos()] == ["sim:4", "sim:5", "sim:6", "sim:7"]
     assert m.closed_images == 3
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_page_whose_copy_failed_is_not_kept_for_others(machine: type[Any], killed: bool) -> None:
+    m = machine(page_tokens=4)
+    m.submit(1, "a prompt that fills seven pg", sampling={"max_tokens": 6})
+    m.until(ev.Run)
+    m.complete()
+    m.fork(2, 1)
+    m.until(ev.Copy)
+    if killed:
+        m.post(ev.Kill(2), ev.Kill(1))
+    m.mangle = lambda operation, result: (
+        (_ for _ in ()).throw(MemoryError()) if isinstance(operation, ev.Copy) else result
+    )
+    m.settle()
+    m.mangle = lambda operation, result: result
+    m.submit(3, "a prompt that fills seven pg", sampling={"max_tokens": 20})
+    m.settle()
+    assert m.tokens(3) == m.expected(3)
