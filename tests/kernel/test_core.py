@@ -409,7 +409,7 @@ def test_images_of_unloaded_models_are_few(machine: type[Any]) -> None:
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_page_whose_copy_failed_is_not_kept_for_others(machine: type[Any], killed: bool) -> None:
     m = machine(page_tokens=4)
-    m.submit(1, "a prompt that fills seven pg", sampling={"max_tokens": 6})
+    m.submit(1, "six pages of four, and two", sampling={"max_tokens": 6})
     m.until(ev.Run)
     m.complete()
     m.fork(2, 1)
@@ -421,6 +421,6 @@ def test_a_page_whose_copy_failed_is_not_kept_for_others(machine: type[Any], kil
     )
     m.settle()
     m.mangle = lambda operation, result: result
-    m.submit(3, "a prompt that fills seven pg", sampling={"max_tokens": 20})
+    m.submit(3, "six pages of four, and two", sampling={"max_tokens": 20})
     m.settle()
     assert m.tokens(3) == m.expected(3)
