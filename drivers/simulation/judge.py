@@ -32,6 +32,7 @@ class Judge:
         self._plan = plan
         self._workload = workload
         self._tampered: set[str] = set()  # models whose image is a broken plugin's
+        self._lost = False
         self._failing: set[str] = set()  # models whose operation failed in this step
         self._tickets: set[int] = set()  # that wait for a reply
         self._durable: Counter[int] = Counter()  # tokens of answers that are in the journal
@@ -44,17 +45,27 @@ class Judge:
         return story
 
     def asked(self, events: list[ev.Event]) -> None:
+        """The core is told this."""
+        for event in events:
+            if self._failing and isinstance(event, ev.Submit | ev.Fork):
+                story = self.story(event.pid)
+                if story.request.model in self._failing:
+                    story.excused = story.excused or "it came as its model failed"
         self._tickets.update(ticket for event in events if (ticket := getattr(event, "ticket", None)) is not None)
 
     # -- the device ----------------------------------------------------------------------------------------------------
 
-    def run(self, operation: ev.Run, now: float) -> None:
+    def run(self, operation: ev.Run, now: float, admitted: Collection[int]) -> None:
+        """A batch is issued. `admitted` are the processes that are in the running set."""
+        new: list[Story] = []
         for rows in operation.batch.sequences:
             story = self.story(rows.pid)
             insist(story.request.model == operation.batch.model, "model", f"process {rows.pid} runs on another model")
             if not story.ran_first:
-                self._first(story, now)
+                new.append(story)
             story.feed(rows, now)
+        for story in new:
+            self._check_order(story, admitted)
 
     def ran(self, operation: ev.Run, result: Any, fault: str | None, now: float) -> None:
         sequences = operation.batch.sequences
@@ -114,9 +125,9 @@ class Judge:
             if isinstance(record, Took):
                 self._durable[record.pid] += len(record.tokens)
 
-    def excuse_all(self, why: str) -> None:
-        for story in self._workload.live.values():
-            story.excused = story.excused or why
+    def lost(self) -> None:
+        """The device is gone: until the next life everything may fail."""
+        self._lost = True
 
     # -- the readers ---------------------------------------------------------------------------------------------------
 
@@ -158,22 +169,25 @@ class Judge:
     def _blame(self, story: Story, error: Exception) -> None:
         insist(isinstance(error, Error) and "\n" not in str(error), "error", repr(error))
         model = story.request.model
-        if isinstance(error, Refused | Closed) or story.excused or model in self._tampered or model in self._failing:
+        if isinstance(error, Refused | Closed) or story.excused or self._lost:
+            return
+        if model in self._tampered or model in self._failing:
             return
         forked = story.forked and isinstance(error, RequestError)
         insist(forked, "blame", f"{story.pid} ended with {error!r} and no fault had struck it")
 
     # -- bounds --------------------------------------------------------------------------------------------------------
 
-    def _first(self, story: Story, now: float) -> None:
+    def _check_order(self, story: Story, admitted: Collection[int]) -> None:
         """It runs for the first time. Nobody of its model and tenant who came long before it still waits for that."""
         if story.ready is None:
             return
         before = story.ready - (CLASSES + 1) * self._plan.config.aging_s
         for other in self._workload.live.values():
+            if other.ready is None or other.ready >= before or other.pid >= story.pid or other.ran_first:
+                continue
             alike = (other.request.model, other.request.tenant) == (story.request.model, story.request.tenant)
-            late = alike and other.pid < story.pid and other.ready is not None and other.ready < before
-            if late and not (other.ran_first or other.killed or other.excused or other.blocked):
+            if alike and not (other.pid in admitted or other.killed or other.excused or other.blocked):
                 insist(False, "starvation", f"{story.pid} runs before {other.pid}, which waits since {other.ready}")
 
     def _spend(self, story: Story, tokens: int) -> None:
@@ -209,6 +223,7 @@ class Judge:
         self._workload.unread.clear()
         self._workload.blocks.clear()
         self._workload.gifts.clear()
+        self._lost = False
         self._tampered.clear()
         self._tickets.clear()
         self._durable.clear()

@@ -76,9 +76,9 @@ class Story:
                 insist(tuple(source[start:end]) == rows.tokens, "context", f"of fork {self.pid} is not its parent's")
                 return
             self.adopt(end)
-        if self.gift is not None and (end > len(self.context) or rows.sample is not None):
-            if end > len(self.context):
-                self.take_gift()
+        if self.gift is not None and (end > len(self.context) or (end == len(self.context) and rows.sample is None)):
+            self.take_gift()
+        elif rows.sample is not None:
             self.gift = None
         insist(tuple(self.context[start:end]) == rows.tokens, "context", f"process {self.pid} is fed other tokens")
         last = end == len(self.context)

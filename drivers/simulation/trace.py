@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from llm_os.kernel import events as ev
 
-_WIDTH = 600
+_WIDTH = 400
 
 
 class Trace:

@@ -164,7 +164,8 @@ class World:
     def _start(self, operation: ev.Operation) -> None:
         self.fences.start(operation)
         if isinstance(operation, ev.Run):
-            self.judge.run(operation, self.now)
+            admitted = [pid for pid, process in self.core.processes.items() if process.active]
+            self.judge.run(operation, self.now, admitted)
         elif isinstance(operation, ev.SwapOut):
             self.state.expect(operation.slots, operation.pages)
         place, slowest = _PLACES[type(operation)]
@@ -181,7 +182,7 @@ class World:
         """The operation takes place, at the last moment at which it can."""
         if fault == "device_lost":
             self.device.lost = True
-            self.judge.excuse_all("device_lost")
+            self.judge.lost()
         try:
             result = self._perform(operation, fault)
         except Exception as error:
