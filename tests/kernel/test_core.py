@@ -408,6 +408,9 @@ def test_images_of_unloaded_models_are_few(machine: type[Any]) -> None:
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_page_whose_copy_failed_is_not_kept_for_others(machine: type[Any], killed: bool) -> None:
+    def broken(model: str, moves: Any) -> Any:
+        raise MemoryError
+
     m = machine(page_tokens=4)
     m.submit(1, "six pages of four, and two", sampling={"max_tokens": 6})
     m.until(ev.Run)
@@ -416,11 +419,9 @@ def test_a_page_whose_copy_failed_is_not_kept_for_others(machine: type[Any], kil
     m.until(ev.Copy)
     if killed:
         m.post(ev.Kill(2), ev.Kill(1))
-    m.mangle = lambda operation, result: (
-        (_ for _ in ()).throw(MemoryError()) if isinstance(operation, ev.Copy) else result
-    )
+    copy, m.driver.copy = m.driver.copy, broken
     m.settle()
-    m.mangle = lambda operation, result: result
+    m.driver.copy = copy
     m.submit(3, "six pages of four, and two", sampling={"max_tokens": 20})
     m.settle()
     assert m.tokens(3) == m.expected(3)
