@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from llm_os.kernel.accounting import Reservation
 from llm_os.kernel.driver import Sample, Sampled
@@ -61,6 +61,7 @@ class Process:
     parent: int | None = None
     nice: int = 0
     state: State = State.NEW
+    salt: int = field(init=False)  # what sets its tenant's pages apart from all others'
     reservation: Reservation | None = None
     image: Image | None = None
     # what it says
@@ -74,6 +75,7 @@ class Process:
     stops: StopStrings = field(default_factory=lambda: StopStrings(()))
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    base: Sample | None = None  # how it samples, but for what changes from token to token
     inherited: int = 0  # tokens of the answer that its parent, or an earlier life, generated
     forks: list[Process] = field(default_factory=list)  # children that wait for the operation in flight to end
     from_prompt: bool = False  # a child: it continues from its parent's prompt
@@ -98,6 +100,9 @@ class Process:
     admitted: float | None = None  # when it first could run
     first_token: float | None = None
 
+    def __post_init__(self) -> None:
+        self.salt = salt_of(self.request.tenant)
+
     @property
     def remaining(self) -> int:
         """Tokens still to be fed before the next one can be chosen; at least 1 for a live process."""
@@ -108,13 +113,20 @@ class Process:
         """Whose pages go first: the greatest. What it has gained by waiting counts here."""
         return self.urgency, self.seniority
 
-    @property
-    def salt(self) -> int:
-        """What sets this tenant's pages apart from all others'."""
-        return salt_of(self.request.tenant)
-
     def sample(self) -> Sample:
         """How to choose the token at position len(tokens)."""
+        base = self.base
+        if base is None:
+            base = self.base = self._sample()
+        if base.temperature > 0:
+            base = structs.replace(base, uniform=uniform(self.seed, len(self.tokens)))
+        if base.repetition_penalty != 1.0:
+            return structs.replace(base, prompt=tuple(self._context()), output=tuple(self.generated))
+        if base.presence_penalty or base.frequency_penalty:
+            return structs.replace(base, output=tuple(self.generated))
+        return base
+
+    def _sample(self) -> Sample:
         sampling = self.request.sampling
         defaults = self.image.sampling_defaults if self.image else None
 
@@ -124,21 +136,16 @@ class Process:
                 value = getattr(defaults, name, None)
             return fallback if value is None else value
 
-        repetition = pick("repetition_penalty", 1.0)
-        counts = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or repetition != 1.0
-        temperature = pick("temperature", 0.7)
         return Sample(
-            uniform=uniform(self.seed, len(self.tokens)) if temperature > 0 else 0.0,
-            temperature=temperature,
+            uniform=0.0,
+            temperature=pick("temperature", 0.7),
             top_k=int(pick("top_k", 0)),
             top_p=pick("top_p", 1.0),
             min_p=pick("min_p", 0.0),
-            repetition_penalty=repetition,
+            repetition_penalty=pick("repetition_penalty", 1.0),
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
             logit_bias=tuple(sampling.logit_bias.items()),
-            prompt=tuple(self._context()) if repetition != 1.0 else (),
-            output=tuple(self.generated) if counts else (),
             logprobs=sampling.logprobs,
         )
 

@@ -374,7 +374,14 @@ class Processes:
         if chunk.finish_reason is not None:
             self.end(process, chunk.finish_reason, chunk)
         else:
-            self._outbox.say(ev.Deliver(process.pid, chunk), _took(process.pid, chunk))
+            self._say(ev.Deliver(process.pid, chunk), process.pid, chunk)
+
+    def _say(self, action: ev.Deliver, pid: int, chunk: Chunk) -> None:
+        """Deliver it once what it says is in the journal."""
+        if self._outbox.journaled:
+            self._outbox.say(action, _took(pid, chunk))
+        else:
+            self._outbox.say(action)
 
     def landed(self, process: Process) -> None:
         """An operation that named it has landed."""

@@ -141,7 +141,8 @@ class Scheduler:
     def urgency(self, process: Process, now: float) -> int:
         """The class of a process now."""
         if process.active:
-            return self._aged(process.urgency, now - process.ran_at)
+            waited = now - process.ran_at
+            return process.urgency if waited < self._aging_s else self._aged(process.urgency, waited)
         return self._class(process.nice, now)
 
     def _class(self, nice: int, now: float) -> int:
@@ -185,13 +186,16 @@ class Scheduler:
     def ranked(self, models: Iterable[Model], now: float) -> list[Model]:
         """Those with a process that could run, the one to run first: by class, then by whose tenant had the least, then
         in turns."""
-        keys: dict[str, tuple[int, float]] = {}
-        for model in models:
-            ready = [p for p in self._active.get(model.name, {}).values() if not p.flights]
-            if ready:
-                counter = self._accounting.counter
-                keys[model.name] = min((self.urgency(p, now), counter(p.request.tenant)) for p in ready)
-        return sorted((m for m in models if m.name in keys), key=lambda m: (*keys[m.name], m.last_run))
+        ready = [(m, [p for p in self._active.get(m.name, {}).values() if not p.flights]) for m in models]
+        ready = [(model, processes) for model, processes in ready if processes]
+        if len(ready) < 2:
+            return [model for model, _ in ready]
+        counter = self._accounting.counter
+        keyed = [
+            (*min((self.urgency(p, now), counter(p.request.tenant)) for p in processes), model.last_run, model)
+            for model, processes in ready
+        ]
+        return [model for *_, model in sorted(keyed, key=lambda entry: entry[:3])]
 
     def admit(self, models: Iterable[Model], now: float, before: tuple[int, float, int] | None) -> Process | None:
         """Let waiting processes of these models become active while there is room; nobody who comes after `before`.
