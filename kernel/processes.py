@@ -50,6 +50,7 @@ class Processes:
         self._last_pid = 0
         self._deadlines = Deadlines()
         self._restoring: dict[int, ev.Restore] = {}
+        self._early: dict[int, list[ev.Unblock]] = {}  # until those that are restored are there
         self._last_end: float | None = None
         self._between_ends = 1.0  # seconds, moving average: what a refused caller is told to wait
 
@@ -139,6 +140,8 @@ class Processes:
         restored = self._restoring.pop(process.pid, None)
         if restored is not None:
             self._continue(process, restored)
+            for early in self._early.pop(process.pid, ()):
+                self.unblock(early)
         else:
             self._flights.start(ev.Encode(self._flights.next_id(), model.image, process.request), (process,))
 
@@ -302,6 +305,9 @@ class Processes:
         self._residency.models[process.request.model].blocked += 1
 
     def unblock(self, event: ev.Unblock) -> None:
+        if event.pid in self._restoring:
+            self._early.setdefault(event.pid, []).append(event)
+            return
         process = self.live.get(event.pid)
         try:
             if process is None:
@@ -427,6 +433,8 @@ class Processes:
         """Out of the table; its pages follow when nothing in flight names them."""
         del self.live[process.pid]
         self._restoring.pop(process.pid, None)
+        for early in self._early.pop(process.pid, ()):
+            self.unblock(early)
         model = self._residency.models[process.request.model]
         model.live -= 1
         model.blocked -= process.state is State.BLOCKED
