@@ -52,31 +52,26 @@ def _check_quota(process: Process) -> None:
 
 def _check_references(core: Core, flights: list[Flight]) -> list[Page]:
     """Every page is known, and held as often as somebody maps or names it. Returns them all."""
-    references: Counter[int] = Counter()
-    pages: dict[int, Page] = {}
+    references: Counter[Page] = Counter()
     for process in (*core.table.live.values(), *core.table.zombies.values()):
         table = process.table
         if table is not None:
-            for page in table.pages:
-                references[id(page)] += 1
-                pages[id(page)] = page
-                assert page.slab is table.slab, "a page of another model"
+            references.update(table.pages)
+            assert all(page.slab is table.slab for page in table.pages), "a page of another model"
             assert process.computed <= len(table.pages) * table.slab.page_tokens
             assert len(table.keys) <= len(table.pages)
     for flight in flights:
-        for page in flight.pages:
-            references[id(page)] += 1
-            pages[id(page)] = page
+        references.update(flight.pages)
     for page in core.pager.cache:
-        pages[id(page)] = page
-    for page in pages.values():
-        assert page.references == references[id(page)], "references of a page disagree"
+        references.setdefault(page, 0)
+    for page, count in references.items():
+        assert page.references == count, "references of a page disagree"
         assert page.references or page.cached, "a page that nobody knows"
         assert page.number is None or page.slab.pages[page.number] is page
     for slab in core.memory.slabs.values():
         for page in slab.pages.values():
-            assert id(page) in pages, "a page on the device that nobody knows"
-    return list(pages.values())
+            assert page in references, "a page on the device that nobody knows"
+    return list(references)
 
 
 def _check_run(flight: Flight) -> None:

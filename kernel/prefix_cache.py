@@ -119,14 +119,14 @@ class PrefixCache:
 
     def check(self) -> None:
         """Each page is listed once, under its own name."""
+        resting = {entry[2] for heap in (self._device, self._swapped) for entry in heap if _resting(entry)}
+        assert max(len(self._device), len(self._swapped)) <= 65 + 4 * len(self), "the order of eviction has no end"
         for key, page in self._full.items():
             assert page.cached and page.key == key and not page.tokens
+            assert page.references or page in resting, "a cached page can never be evicted"
         for before, page in self._tails.items():
             assert page.cached and page.key == before and page.tokens
-        resting = {id(entry[2]) for entry in (*self._device, *self._swapped) if _resting(entry)}
-        assert max(len(self._device), len(self._swapped)) <= 65 + 4 * len(self), "the order of eviction has no end"
-        for page in self:
-            assert page.references or id(page) in resting, "a cached page can never be evicted"
+            assert page.references or page in resting, "a cached page can never be evicted"
 
 
 def _resting(entry: tuple[float, int, Page]) -> bool:

@@ -9,7 +9,6 @@ it: whoever needs room may take it. A frame whose pages are all cached is as goo
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -189,25 +188,28 @@ class Slab:
             self.memory.release_frame(frame)
 
     def check(self, clearing: Iterable[int]) -> None:
-        closed = set(clearing) & self.used.keys()
-        used, held = Counter[int](), Counter[int]()
+        slots, closed = self.slots, set(clearing) & self.used.keys()
+        used, held = dict.fromkeys(self.used, 0), dict.fromkeys(self.used, 0)
         for number, page in self.pages.items():
-            used[number // self.slots] += 1
-            held[number // self.slots] += page.references > 0
+            frame = number // slots
+            used[frame] = used.get(frame, 0) + 1
+            if page.references:
+                held[frame] = held.get(frame, 0) + 1
             assert page.number == number or page.busy, "a page is not where its slab has it"
         assert used == self.used, "used pages are miscounted"
-        assert {f: n for f, n in self.held.items() if n} == {f: n for f, n in held.items() if n}, "held is miscounted"
+        assert held == self.held, "held is miscounted"
+        in_open = [count for frame, count in held.items() if frame not in closed]
         assert len(closed) == self._closed_frames
-        assert self._frames_held == sum(held[f] > 0 for f in self.used if f not in closed)
-        assert self._held_open == sum(held[f] for f in self.used if f not in closed)
+        assert self._frames_held == len(in_open) - in_open.count(0)
+        assert self._held_open == sum(in_open)
         assert self._free_slots == sum(map(len, self._free.values()))
-        for frame, count in self.used.items():
-            free = self._free.get(frame, [])
+        for frame, count in used.items():
+            free = self._free.get(frame, ())
             if frame in closed:
                 assert not free, "a frame that is being cleared takes pages"
             else:
-                assert len(free) == len(set(free)) and len(free) + count == self.slots, "a slot is lost"
-                assert not any(frame * self.slots + slot in self.pages for slot in free), "a free slot is in use"
+                assert len(free) == len(set(free)) == slots - count, "a slot is lost"
+                assert self.pages.keys().isdisjoint([frame * slots + slot for slot in free]), "a free slot is in use"
 
 
 def fit_page_tokens(choices: Iterable[int], kv_bytes_per_token: int, frame_size: int) -> int | None:

@@ -7,6 +7,7 @@ that what was checked is what is used.
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from typing import Any, ClassVar
 
 import msgspec
@@ -15,10 +16,16 @@ from msgspec import Struct, StructMeta, structs
 from llm_os.kernel.errors import ConfigError, Error
 
 
+@cache
+def _types(cls: Any) -> dict[str, Any]:
+    """The type of each field, as msgspec works it out from the annotations: that takes its time."""
+    return {field.name: field.type for field in structs.fields(cls)}
+
+
 class _StrictMeta(StructMeta):
     def __call__(cls, *args: Any, **values: Any) -> Any:
         error: type[Error] = cls.error  # type: ignore[attr-defined]
-        fields = {field.name: field.type for field in structs.fields(cls)}  # type: ignore[arg-type]
+        fields = _types(cls)
         for name, value in values.items():
             if name not in fields:
                 near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
