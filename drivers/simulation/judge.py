@@ -47,16 +47,16 @@ class Judge:
     def asked(self, events: list[ev.Event]) -> None:
         """The core is told this."""
         for event in events:
-            if self._failing and isinstance(event, ev.Submit | ev.Fork):
+            if (self._failing or self._tampered) and isinstance(event, ev.Submit | ev.Fork | ev.Restore):
                 story = self.story(event.pid)
-                if story.request.model in self._failing:
-                    story.excused = story.excused or "it came as its model failed"
+                if story.request.model in self._failing | self._tampered:
+                    story.excused = story.excused or "its model failed as it came"
         self._tickets.update(ticket for event in events if (ticket := getattr(event, "ticket", None)) is not None)
 
     # -- the device ----------------------------------------------------------------------------------------------------
 
-    def run(self, operation: ev.Run, now: float, admitted: Collection[int]) -> None:
-        """A batch is issued. `admitted` are the processes that are in the running set."""
+    def run(self, operation: ev.Run, now: float, waiting: Collection[int]) -> None:
+        """A batch is issued. `waiting` are the processes that the core has and has not admitted to the running set."""
         new: list[Story] = []
         for rows in operation.batch.sequences:
             story = self.story(rows.pid)
@@ -65,7 +65,7 @@ class Judge:
                 new.append(story)
             story.feed(rows, now)
         for story in new:
-            self._check_order(story, admitted)
+            self._check_order(story, waiting)
 
     def ran(self, operation: ev.Run, result: Any, fault: str | None, now: float) -> None:
         sequences = operation.batch.sequences
@@ -117,6 +117,9 @@ class Judge:
     def opened(self, model: str, image: object) -> None:
         if isinstance(image, TamperedImage):
             self._tampered.add(model)
+            for story in self._workload.live.values():
+                if story.request.model == model:
+                    story.excused = story.excused or "plugin_type"
         else:
             self._tampered.discard(model)
 
@@ -171,14 +174,14 @@ class Judge:
         model = story.request.model
         if isinstance(error, Refused | Closed) or story.excused or self._lost:
             return
-        if model in self._tampered or model in self._failing:
+        if model in self._failing:
             return
         forked = story.forked and isinstance(error, RequestError)
         insist(forked, "blame", f"{story.pid} ended with {error!r} and no fault had struck it")
 
     # -- bounds --------------------------------------------------------------------------------------------------------
 
-    def _check_order(self, story: Story, admitted: Collection[int]) -> None:
+    def _check_order(self, story: Story, waiting: Collection[int]) -> None:
         """It runs for the first time. Nobody of its model and tenant who came long before it still waits for that."""
         if story.ready is None:
             return
@@ -187,7 +190,7 @@ class Judge:
             if other.ready is None or other.ready >= before or other.pid >= story.pid or other.ran_first:
                 continue
             alike = (other.request.model, other.request.tenant) == (story.request.model, story.request.tenant)
-            if alike and not (other.pid in admitted or other.killed or other.excused or other.blocked):
+            if alike and other.pid in waiting and not (other.killed or other.excused or other.blocked):
                 insist(False, "starvation", f"{story.pid} runs before {other.pid}, which waits since {other.ready}")
 
     def _spend(self, story: Story, tokens: int) -> None:
@@ -216,7 +219,7 @@ class Judge:
         journaled = self._plan.config.state is not None
         for story in list(self._workload.live.values()):
             ending = story.killed or story.excused or story.request.deadline_s is not None
-            kept = story.pid in sessions or not journaled or ending or not story.delivered
+            kept = story.pid in sessions or not journaled or ending or story.delivered <= story.inherited
             insist(kept, "durable", f"{story.pid} is gone, and {story.delivered} tokens were delivered")
             story.ended = "crash"
             self._end(story, "crash", "crash")

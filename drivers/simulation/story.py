@@ -151,7 +151,8 @@ class Story:
             context += record.tokens
         known = self.origin.context if self.gift is None else [*self.context, *self.gift]
         insist(context == known[: len(context)], "journal", f"of {self.pid} has tokens that it never had")
-        insist(len(answer) >= self.delivered or self.parent, "durable", f"{self.pid} lost tokens that were delivered")
+        kept = len(answer) >= self.delivered or self.delivered <= self.inherited
+        insist(kept, "durable", f"{self.pid} lost tokens that were delivered")
         self.context, self.answer, self.given = context, answer, given
         self.parent = self.gift = self.lone = self.ended = self.excused = None
         self.delivered = self.inherited = 0

@@ -164,8 +164,9 @@ class World:
     def _start(self, operation: ev.Operation) -> None:
         self.fences.start(operation)
         if isinstance(operation, ev.Run):
-            admitted = [pid for pid, process in self.core.processes.items() if process.active]
-            self.judge.run(operation, self.now, admitted)
+            processes = self.core.processes.items()
+            waiting = {pid for pid, process in processes if process.state == "ready" and not process.active}
+            self.judge.run(operation, self.now, waiting)
         elif isinstance(operation, ev.SwapOut):
             self.state.expect(operation.slots, operation.pages)
         place, slowest = _PLACES[type(operation)]
