@@ -119,7 +119,8 @@ class Faults:
                 return True
             if not quiet:
                 return False  # pages that are in use now may move out of the way then
-        if not self._make_room(model, order, now, pages=missing > 0) and quiet and self._residency.alone(model):
+        alone = self._residency.alone(model, used=missing <= 0)
+        if not self._make_room(model, order, now, pages=missing > 0) and quiet and alone:
             fixed = "does not fit between the models that cannot be evicted"
             raise Refused(f"{model.name} {fixed}; unpin one, or load it before them")
         return False

@@ -52,16 +52,17 @@ def _check_quota(process: Process) -> None:
 
 def _check_references(core: Core, flights: list[Flight]) -> list[Page]:
     """Every page is known, and held as often as somebody maps or names it. Returns them all."""
-    references: Counter[Page] = Counter()
+    named: list[Page] = []
     for process in (*core.table.live.values(), *core.table.zombies.values()):
         table = process.table
         if table is not None:
-            references.update(table.pages)
-            assert all(page.slab is table.slab for page in table.pages), "a page of another model"
+            named += table.pages
+            assert {page.slab for page in table.pages} <= {table.slab}, "a page of another model"
             assert process.computed <= len(table.pages) * table.slab.page_tokens
             assert len(table.keys) <= len(table.pages)
     for flight in flights:
-        references.update(flight.pages)
+        named += flight.pages
+    references = Counter(named)
     for page in core.pager.cache:
         references.setdefault(page, 0)
     for page, count in references.items():

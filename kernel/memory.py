@@ -12,7 +12,6 @@ over frames that hold pages, and is whole when they have moved out.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
@@ -199,21 +198,18 @@ class Memory:
     def check(self) -> None:
         """Recounts everything. Raises AssertionError."""
         assert self._state.count(_FREE) == self.free_frames, "free frames are miscounted"
-        frames = Counter(
-            f
-            for owned in self._extents.values()
-            for extent in owned
-            for f in range(extent.frame, extent.frame + extent.frames)
-        )
-        assert all(count == 1 for count in frames.values()), "two extents overlap"
-        for frame in self._clearing:
-            assert frames[frame] == 1, "a frame is cleared for nobody"
-            del frames[frame]  # its slab counts it, until it is empty
+        extents = [extent for owned in self._extents.values() for extent in owned]
+        frames = {f for extent in extents for f in range(extent.frame, extent.frame + extent.frames)}
+        assert len(frames) == self.extent_frames, "two extents overlap"
+        assert self._clearing.keys() <= frames, "a frame is cleared for nobody"
+        frames -= self._clearing.keys()  # their slabs count them, until they are empty
+        count = len(frames)
         for slab in self.slabs.values():
             slab.check(self._clearing.keys())
-            frames.update(slab.used.keys())
-        assert all(count == 1 for count in frames.values()), "a frame has two owners"
-        assert len(frames) + self.free_frames == self.frames, "a frame has no owner"
+            frames |= slab.used.keys()
+            count += len(slab.used)
+        assert len(frames) == count, "a frame has two owners"
+        assert count + self.free_frames == self.frames, "a frame has no owner"
 
     def _mark(self, extents: Iterable[Extent], state: int) -> None:
         for extent in extents:

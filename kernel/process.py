@@ -108,11 +108,6 @@ class Process:
         """Tokens still to be fed before the next one can be chosen; at least 1 for a live process."""
         return len(self.tokens) - self.computed
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Whose pages go first: the greatest. What it has gained by waiting counts here."""
-        return self.urgency, self.seniority
-
     def sample(self) -> Sample:
         """How to choose the token at position len(tokens)."""
         base = self.base

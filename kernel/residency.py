@@ -303,10 +303,10 @@ class Residency:
         models = [m for m in self.models.values() if self._may_go(m) and m.live == m.blocked]
         return min(models, key=lambda m: (m.rent, m.last_run), default=None)
 
-    def alone(self, model: Model) -> bool:
-        """Whether every other model that has weights on the device is there to stay, and nobody runs with one."""
+    def alone(self, model: Model, used: bool) -> bool:
+        """Whether every other model that has weights on the device is there to stay, `used` or with no process."""
         others = [m for m in self.models.values() if m.placement and m is not model]
-        return all(m.fixed and not m.live for m in others)
+        return all(m.fixed and (used or not m.live) for m in others)
 
     def _may_go(self, model: Model) -> bool:
         return model.where is Where.ON_DEVICE and not model.fixed and not self._flights.busy(model.name)

@@ -145,6 +145,10 @@ class Scheduler:
             return process.urgency if waited < self._aging_s else self._aged(process.urgency, waited)
         return self._class(process.nice, now)
 
+    def _rank(self, process: Process, now: float) -> tuple[int, int]:
+        """Of active processes: the greatest loses its pages first."""
+        return self.urgency(process, now), process.seniority
+
     def _class(self, nice: int, now: float) -> int:
         heads = (q[0] for model in self._queues.values() if nice in model for q in model[nice].values())
         return self._aged(nice, max((head.waited + now - head.queued for head in heads), default=0.0))
@@ -210,8 +214,8 @@ class Scheduler:
                 return None
             active = self._active.setdefault(name, {})
             if len(active) >= self._batch_size:
-                last = max(active.values(), key=lambda other: other.rank)
-                if last.urgency <= process.nice or last.flights:
+                last = max(active.values(), key=lambda other: self._rank(other, now))
+                if self.urgency(last, now) <= process.nice or last.flights:
                     del open_models[name]
                     continue
                 self.suspend(last, now)
@@ -318,16 +322,16 @@ class Scheduler:
             p
             for active in self._active.values()
             for p in active.values()
-            if p.rank > rank
+            if self._rank(p, now) > rank
             and p is not process
             and not p.flights
             and p.pid not in batch
             and p.table
             and p.table.pages
-            and (p.ran or p.urgency > rank[0])  # what is brought back is used before it goes again
+            and (p.ran or self.urgency(p, now) > rank[0])  # what is brought back is used before it goes again
         ]
         if later:
-            yield max(later, key=lambda p: p.rank)
+            yield max(later, key=lambda p: self._rank(p, now))
 
     def last_idle(self, but: Process | None = None, now: float = 0.0) -> Process | None:
         """Whose device pages go first of those who are not active."""
@@ -343,9 +347,9 @@ class Scheduler:
             p
             for active in self._active.values()
             for p in active.values()
-            if p.urgency > urgency and not p.flights and _on_device(p)
+            if self.urgency(p, now) > urgency and not p.flights and _on_device(p)
         ]
-        last = max(later, key=lambda p: p.rank, default=None)
+        last = max(later, key=lambda p: self._rank(p, now), default=None)
         if last is not None:
             self.suspend(last, now)
         return last
