@@ -32,7 +32,7 @@ test: dev ## run the tests
 	@$(BIN)/python -m pytest
 
 sim: dev ## run the kernel in a simulated world full of faults: 300 seeds, some 300,000 steps
-	@$(BIN)/llm-os sim --seeds 1..300 --steps 600 --faults all --jobs 2
+	@$(BIN)/llm-os sim --seeds 1..300 --steps 1000 --faults all --jobs 2
 
 planted-bugs: dev ## bugs planted in copies of the kernel: the simulator must find each
 	@$(BIN)/python tests/planted_bugs.py
