@@ -108,7 +108,7 @@ def read_groups(name: str, file: File, offset: int, crc: int) -> Iterator[Group]
         start = offset + _GROUP.size
         payload = take(start, length)  # at most what there is
         crc = _checksum(payload, crc)
-        if crc != expected:
+        if crc != expected or len(payload) < length:
             return
         try:
             records = _records.decode(payload)

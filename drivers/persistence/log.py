@@ -65,6 +65,10 @@ class FileLog:
             raise StoreError(
                 f"the state directory {folder} is in use by {held.strerror}; end that, or give another directory"
             ) from None
+        except (FileExistsError, NotADirectoryError) as file:
+            raise StoreError(
+                f"the state directory {folder} cannot be: {file.filename} is a file; move it, or give another directory"
+            ) from None
         except OSError as error:
             raise self._failed(error) from error
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llm_os.drivers.persistence import FileLog, LocalFiles
@@ -78,6 +78,7 @@ def test_every_life_begins_where_the_last_one_ended(folder: Any, groups: list[li
 
 @everything
 @given(groups=groups, place=st.floats(0, 1), flip=st.integers(0, 255))
+@example(groups=[[Began(1, Request(model="m", prompt=[1]), 0, ())]], place=0.0, flip=1)  # a length beyond the end
 def test_a_log_that_is_cut_or_damaged_anywhere_is_the_groups_before_that(
     folder: Any, groups: list[list[Record]], place: float, flip: int
 ) -> None:
@@ -219,5 +220,5 @@ def test_a_journal_is_not_followed_to_where_a_link_leads(tmp_path: Path) -> None
 
 def test_a_state_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
-    with pytest.raises(StoreError, match=r"the journal in .*state failed"):
+    with pytest.raises(StoreError, match=r"the state directory .*state cannot be: .*state is a file; move it"):
         FileLog(tmp_path / "state")
