@@ -108,7 +108,7 @@ class Bench:
 
 def simulated_steps(seeds: int) -> None:
     start = process_time()
-    report = llm_os.simulate(range(1, seeds + 1), 1000)
+    report = llm_os.simulate(range(1, seeds + 1), 1000, shrink_s=0.0)
     seconds = process_time() - start
     print(f"simulator   {report.steps:,} steps in {seconds:.1f} s of one core: {report.steps / seconds:,.0f} a second")
 
