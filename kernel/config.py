@@ -46,7 +46,7 @@ class Config(Strict, frozen=True, kw_only=True):
     queue_s: float | None = None  # refuse a request that has not run for the first time within so many seconds
     prefix_cache: bool = True  # keep KV for prompts of the same tenant that begin alike
     slice_s: float = 2.0  # models that do not fit together change after so long at the earliest
-    aging_s: float = 10.0  # whoever waits is served one class earlier after so long, and again
+    aging_s: float = 10.0  # a class rises by one for each so long that somebody waits in it, up to the best here
     swap_host: int | str = 0  # host memory for KV that has to leave the device; 0 is none
     swap_disk: int | str = 0  # the same on disk, in a file that vanishes with the process
     swap_sealed: bool = False  # encrypt what is swapped to disk, with a key of this boot (needs `cryptography`)
