@@ -117,11 +117,15 @@ def plain(tale: Tale) -> None:
 def shared_prefix_and_fork(tale: Tale) -> None:
     m = tale.boot()
     m.submit(1, "p" * 21, MODELS[0], sampling={"max_tokens": 12})
-    steps(m, 8)
-    m.submit(2, "p" * 21 + "q", MODELS[0])
+    steps(m, 7)
+    tale.fork(2, 1)
+    while m.pending and not any(isinstance(operation, ev.Copy) for operation in m.pending):
+        m.complete()
     tale.fork(3, 1)
-    steps(m, 1)
-    tale.fork(4, 3)
+    tale.fork(4, 2)
+    while any(isinstance(operation, ev.Copy) for operation in m.pending):
+        m.complete()
+    m.submit(5, "p" * 21 + "q", MODELS[0])
 
 
 def samples_of_one_prompt(tale: Tale) -> None:
