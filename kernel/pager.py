@@ -112,7 +112,7 @@ class Pager:
                 found += alike
         process.computed = found
         process.charged = max(process.charged, found)
-        if process.cached is None:
+        if process.admitted is None:
             process.cached = min(found, process.prompt_tokens)
 
     def _take(self, table: PageTable, page: Page) -> None:
@@ -155,7 +155,7 @@ class Pager:
                     self.free(displaced)
         for page in table.cut(0):
             self.let_go(page)
-        process.computed = 0
+        process.recede(0)
 
     def distrust(self, process: Process) -> None:
         """Something read from these pages was no answer: nobody else shall find them."""
@@ -386,7 +386,7 @@ class Pager:
             return
         for page in table.cut(index):
             self.let_go(page)
-        process.computed = min(process.computed, index * table.slab.page_tokens)
+        process.recede(index * table.slab.page_tokens)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

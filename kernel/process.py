@@ -226,6 +226,12 @@ class Process:
         room = self.image.context_length - len(self.tokens)
         self.max_tokens = min(self.max_tokens, len(self.generated) + room)
 
+    def recede(self, computed: int) -> None:
+        """The KV from position `computed` on is there no more."""
+        self.computed = min(self.computed, computed)
+        if self.admitted is None and self.cached is not None:
+            self.cached = min(self.cached, computed)
+
     def foreign(self, start: int, end: int) -> int:
         """How many of the tokens from `start` to `end` it did not generate."""
         spans = ((0, self.prompt_tokens), *self.given)

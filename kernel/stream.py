@@ -101,7 +101,12 @@ class Stream:
         if not self._kill.alive:
             await anyio.lowlevel.checkpoint()
             raise StopAsyncIteration
-        return self._accept(await self._mailbox.receive())
+        try:
+            delivery = await self._mailbox.receive()
+        except BaseException:
+            del self  # the traceback keeps this frame: a stream that nobody else holds must go all the same
+            raise
+        return self._accept(delivery)
 
     def result(self) -> Completion:
         """Block until the answer is whole. Raises what the iteration raises."""

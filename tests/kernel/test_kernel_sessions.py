@@ -13,6 +13,7 @@ import anyio.from_thread
 import pytest
 
 import llm_os
+from llm_os.drivers.persistence import SwapStore
 from llm_os.drivers.sim import SimDriver
 from llm_os.kernel.driver import Batch
 
@@ -128,6 +129,25 @@ def test_samples_hold_the_pages_of_their_prompt_once(gate: Gate) -> None:
         gate.release()
         for stream in streams:
             stream.close()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_cached_tokens_are_those_that_were_not_computed_again(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """Also where pages of the cache were swapped, and came back damaged."""
+    get = SwapStore.get
+    with llm_os.Kernel(config(memory="5632KiB", swap_host="4MiB")) as kernel:
+        kernel.stream(ask(PROMPT[:40], max_tokens=1)).result()
+        anyio.run(kernel.load, "sim:b?layers=5")
+        assert kernel.memory().host > 0
+        if damaged:
+            monkeypatch.setattr(SwapStore, "get", lambda store, slot: get(store, slot) and None)
+        gate.fed = 0
+        answer = kernel.stream(ask(PROMPT[:60])).result()
+        assert gate.fed == 60 - answer.usage.cached_tokens + 19
+        assert (answer.usage.cached_tokens < 40) == damaged
+        assert answer.token_ids == alone(ask(PROMPT[:60]))
 
 
 @pytest.mark.parametrize("count", [0, 1025, True, "3"])
