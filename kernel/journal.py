@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from msgspec import Struct
+from msgspec import Struct, msgpack
 
+from llm_os.kernel.errors import RequestError
 from llm_os.kernel.request import Request
 
 
@@ -76,6 +77,15 @@ class Log(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def check_storable(request: Request) -> None:
+    """Raises RequestError for a request that could not be read back from a journal: it may hold anything. Asked at the
+    door, because records are written in groups: one that cannot be written fails its neighbours."""
+    try:
+        msgpack.decode(msgpack.encode(request), type=Request)
+    except Exception as error:  # of msgspec, of the fields' own checks, too deep, no text
+        raise RequestError(f"the request cannot be journaled: {error}; give plain text and numbers") from error
 
 
 def replay(records: Iterable[Record]) -> dict[int, Session]:

@@ -24,6 +24,7 @@ from llm_os.kernel.core import Core
 from llm_os.kernel.disk import Disk
 from llm_os.kernel.driver import Driver
 from llm_os.kernel.errors import Closed, ConfigError, RequestError
+from llm_os.kernel.journal import check_storable
 from llm_os.kernel.loop import Loop
 from llm_os.kernel.memory import MemoryInfo
 from llm_os.kernel.plugins import Plugins
@@ -68,6 +69,8 @@ class Kernel:
     def stream(self, request: Request) -> Stream:
         """Start a process and return its stream; the model is loaded if it is not there. Returns at once."""
         _check_type("request", request, Request)
+        if self._loop.core.outbox.journaled:
+            check_storable(request)
         return self._spawn(lambda pid: ev.Submit(pid, request, _draw()))
 
     def fork(self, pid: int) -> Stream:
@@ -77,14 +80,16 @@ class Kernel:
 
     def samples(self, request: Request, count: int) -> list[Stream]:
         """Several answers to one request, each with its own seed, counting up from the request's if it has one. The
-        prompt is computed once, its pages are shared."""
+        prompt is computed once, its pages are shared. Blocks for one turn."""
         _check_type("count", count, int)
         if not 1 <= count <= 1024:
             raise RequestError(f"count is {count}; it must be from 1 to 1024")
-        first = self.stream(request)
-        seed, pid = request.sampling.seed, first.pid
+        _check_type("request", request, Request)
+        seed = request.sampling.seed
         seeds = [_draw() if seed is None else (seed + index) % 2**64 for index in range(1, count)]
-        return [first, *(self._spawn(partial(_sibling, pid, seed)) for seed in seeds)]
+        with self._loop.turn:  # a short answer would have ended before the last of them came
+            first = self.stream(request)
+            return [first, *(self._spawn(partial(_sibling, first.pid, seed)) for seed in seeds)]
 
     def attach(self, pid: int) -> Stream:
         """The stream of a session of an earlier life (`recovered`), from its first token on. Raises RequestError for
@@ -112,13 +117,17 @@ class Kernel:
         Raises RequestError if it has ended, or ends before it could stop.
         """
         _check_type("pid", pid, int)
+        if expected_s is not None and not (isinstance(expected_s, int | float) and 0 <= expected_s <= 1e9):
+            raise RequestError(f"expected_s is {expected_s!r}; it must be seconds, from 0 to 1e9")
         await _wait(self._ask(lambda ticket: ev.Block(ticket, pid, expected_s)))
 
     async def unblock(self, pid: int, tokens: Sequence[int] = ()) -> None:
         """Let a blocked process go on, after `tokens` (ids): what the tool said, as part of its context. They count as
         neither prompt nor answer. Raises RequestError if it is not blocked, or if they do not fit its context."""
         _check_type("pid", pid, int)
-        await _wait(self._ask(lambda ticket: ev.Unblock(ticket, pid, tuple(tokens))))
+        _check_type("tokens", tokens, Sequence)
+        given = tuple(tokens)
+        await _wait(self._ask(lambda ticket: ev.Unblock(ticket, pid, given)))
 
     def nice(self, pid: int, nice: int) -> None:
         """Change the class of a process: -20 is served first, 19 last. Blocks for one turn. Raises RequestError."""

@@ -348,3 +348,45 @@ def test_a_reader_that_is_slow_gets_fewer_and_larger_pieces_and_all_of_them(host
             assert [chunk.finish_reason for chunk in chunks[-2:]] == [None, "length"]
 
     host(main)
+
+
+def test_samples_of_a_short_answer_all_come_though_the_first_has_ended_by_then() -> None:
+    with llm_os.Kernel(config()) as kernel:
+        in_a_thread(kernel.load, A)
+        for _ in range(20):  # without care, some of the last ones ask for a parent that has gone in most rounds
+            streams = kernel.samples(ask([1, 2, 3], max_tokens=1), 200)
+            assert all(stream.result().usage.completion_tokens == 1 for stream in streams)
+
+
+@pytest.mark.parametrize("expected_s", ["5", float("nan"), -1, []])
+def test_a_wait_that_makes_no_sense_is_refused_and_harms_nobody(expected_s: Any) -> None:
+    with llm_os.Kernel(config()) as kernel:
+        stream = kernel.stream(ask())
+        with pytest.raises(llm_os.RequestError, match="expected_s"):
+            in_a_thread(kernel.block, stream.pid, expected_s)
+        with pytest.raises(llm_os.RequestError, match="tokens"):
+            in_a_thread(kernel.unblock, stream.pid, 5)
+        assert stream.result().token_ids == alone(ask())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [1], "tenant": "\ud800"},
+        {"prompt": [1], "sampling": llm_os.Sampling(stop=("\ud800",))},
+        {"messages": [{"role": "user", "content": "hi", "name": object()}]},
+        {"messages": [{"role": "user", "content": "hi", "number": 2**70}]},
+    ],
+)
+def test_a_request_that_cannot_be_journaled_is_refused_and_its_neighbours_go_on(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    request = ask(max_tokens=300)
+    with llm_os.Kernel(config(state=tmp_path)) as kernel:
+        neighbour = kernel.stream(request)
+        next(neighbour)
+        with pytest.raises(llm_os.RequestError, match="cannot be journaled"):
+            kernel.stream(llm_os.Request(model=A, **fields)).result()
+        neighbour.result()
+        assert neighbour.completion is not None
+        assert neighbour.completion.token_ids == alone(request)
