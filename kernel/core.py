@@ -26,7 +26,7 @@ from llm_os.kernel.pager import Pager
 from llm_os.kernel.process import Process, ProcessInfo, State
 from llm_os.kernel.processes import Processes
 from llm_os.kernel.residency import AWAY, Model, Residency, Where
-from llm_os.kernel.scheduler import Scheduler
+from llm_os.kernel.scheduler import Order, Scheduler
 from llm_os.kernel.swap import Swap
 
 
@@ -314,7 +314,7 @@ class Core:
         elif not waited_for:
             self.residency.rest(model)
 
-    def _run_next(self, before: tuple[int, float, int] | None) -> None:
+    def _run_next(self, before: Order | None) -> None:
         """Start a batch of the model whose turn it is, if any has one."""
         models = [m for m in self.residency.models.values() if m.where is Where.ON_DEVICE and not m.draining]
         if self.halting:

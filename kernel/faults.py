@@ -16,11 +16,9 @@ from llm_os.kernel.memory import Memory
 from llm_os.kernel.pager import Pager
 from llm_os.kernel.process import Process, State
 from llm_os.kernel.residency import AWAY, Model, Residency, Where
-from llm_os.kernel.scheduler import Scheduler
+from llm_os.kernel.scheduler import Order, Scheduler
 
-Order = tuple[int, float, int]  # class, counter of the tenant, pid: the least first
-
-_BY_CALL: Order = (0, -1.0, 0)  # a load that was asked for by name
+_BY_CALL: Order = (0, -1.0, 0.0, 0)  # a load that was asked for by name
 
 
 class Faults:
@@ -183,7 +181,7 @@ class Faults:
         return True
 
 
-def _turn(wanted: tuple[Order, Model]) -> tuple[int, float, int, int]:
+def _turn(wanted: tuple[Order, Model]) -> tuple[int, float, int, float, int]:
     """By class and counter; of equals, the model that has not run for longest."""
-    (urgency, counter, pid), model = wanted
-    return urgency, counter, model.last_run, pid
+    (urgency, counter, since, pid), model = wanted
+    return urgency, counter, model.last_run, since, pid

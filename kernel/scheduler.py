@@ -7,10 +7,10 @@
 Continuous batching (Orca, Yu et al., OSDI 2022) with chunked prefill (Sarathi-Serve, Agrawal et al., OSDI 2024): each
 turn hands out `batch_tokens` tokens to active processes of one model, those that decode first.
 
-Who is admitted next: the most urgent class, then the tenant that had the least (`accounting.py`), then arrival. One
-order for all models on the device, and nobody passes the first in it, so that many small requests cannot keep a large
-one out. A newcomer whose nice is better than an active process's class suspends it; else who is active goes on until it
-ends, or its pages are taken.
+Who is admitted next: the most urgent class, then the tenant that had the least (`accounting.py`), then who has waited
+longest. One order for all models on the device, and nobody passes the first in it, so that many small requests cannot
+keep a large one out. A newcomer whose nice is better than an active process's class suspends it; else who is active
+goes on until it ends, or its pages are taken.
 
 A class is a nice and all who wait with it. It becomes better by one for each `aging_s` that the one who waits longest
 has waited in all, at most as good as the best nice that is here: so waiting brings nobody before another of the same
@@ -34,6 +34,8 @@ from llm_os.kernel.config import Config
 from llm_os.kernel.pager import Pager
 from llm_os.kernel.process import Process, State
 from llm_os.kernel.residency import Model
+
+Order = tuple[int, float, float, int]  # class, counter of the tenant, since when it waits, pid: the least is first
 
 _LAST = 1 << 60
 
@@ -160,14 +162,14 @@ class Scheduler:
         best = min(nice for nice, count in self._nices.items() if count)
         return min(urgency, max(best, urgency - gained))
 
-    def first(self, model: str, now: float) -> tuple[tuple[int, float, int], Process] | None:
+    def first(self, model: str, now: float) -> tuple[Order, Process] | None:
         """Who of this model's waiting processes is to become active next, and its place in the order."""
         counter = self._accounting.counter
         found = None
         for nice, queues in self._queues.get(model, {}).items():
             urgency = self._class(nice, now)
             for tenant, queue in queues.items():
-                order = urgency, counter(tenant), queue[0].pid
+                order = urgency, counter(tenant), queue[0].queued - queue[0].waited, queue[0].pid
                 if found is None or order < found[0]:
                     found = order, queue[0]
         return found
@@ -201,7 +203,7 @@ class Scheduler:
         ]
         return [model for *_, model in sorted(keyed, key=lambda entry: entry[:3])]
 
-    def admit(self, models: Iterable[Model], now: float, before: tuple[int, float, int] | None) -> Process | None:
+    def admit(self, models: Iterable[Model], now: float, before: Order | None) -> Process | None:
         """Let waiting processes of these models become active while there is room; nobody who comes after `before`.
         Returns the one for whom there was no room."""
         open_models = {model.name: model for model in models}
