@@ -43,6 +43,7 @@ class Account:
     counter: float = 0.0
     waiting: int = 0  # processes that wait to be admitted to the running set
     processes: int = 0  # live
+    restored: int = 0  # of these, from an earlier life
     used_tokens: int = 0  # of processes that have ended
     reserved_tokens: int = 0
     reserved_pages: int = 0
@@ -53,6 +54,7 @@ class Reservation:
     """What one process may still use."""
 
     account: Account
+    restored: bool = False
     tokens: int = 0
     pages: int = 0
 
@@ -68,17 +70,19 @@ class Accounting:
     def counter(self, tenant: str) -> float:
         return self._accounts[tenant].counter
 
-    def enter(self, tenant: str) -> Reservation:
-        """A process arrives. Raises Refused if its tenant has as many as it may."""
+    def enter(self, tenant: str, restored: bool = False) -> Reservation:
+        """A process arrives. Raises Refused if its tenant has as many as it may; one that was admitted in an earlier
+        life has been counted then."""
         account = self._accounts.get(tenant)
         if account is None:
             self._forget_some()
             account = self._accounts[tenant] = Account(tenant, self._limits.get(tenant, Tenant()))
         most = account.limits.max_processes
-        if most is not None and account.processes >= most:
+        if most is not None and account.processes >= most and not restored:
             raise Refused(f"tenant {tenant!r} has {account.processes} live processes, the most that its quota allows")
         account.processes += 1
-        return Reservation(account)
+        account.restored += restored
+        return Reservation(account, restored)
 
     def reserve(self, reservation: Reservation, prompt: int, answer: int | None, page_tokens: int) -> int | None:
         """Set aside the tokens and pages of a request; `answer` None is an open end. Returns how long the answer may be
@@ -136,6 +140,7 @@ class Accounting:
         """A process ended after `used` tokens: what it did not use is free for others."""
         account = reservation.account
         account.processes -= 1
+        account.restored -= reservation.restored
         account.reserved_tokens -= reservation.tokens
         account.reserved_pages -= reservation.pages
         if account.limits.max_tokens is not None:
@@ -168,7 +173,7 @@ class Accounting:
             assert min(account.processes, account.reserved_tokens, account.reserved_pages, account.waiting) >= 0
             assert account.waiting <= account.processes
             for most, now in (
-                (limits.max_processes, account.processes),
+                (limits.max_processes, account.processes - account.restored),
                 (limits.max_tokens, account.used_tokens + account.reserved_tokens),
                 (limits.max_pages, account.reserved_pages),
             ):

@@ -112,6 +112,7 @@ class Core:
             self._reply(event.ticket, Closed("the kernel is closed"))
             return
         model = self.residency.open(event.model)
+        model.pinned |= event.pin
         if event.prefetch:
             model.prefetch = True
             self._reply(event.ticket)
@@ -250,7 +251,7 @@ class Core:
 
     def _fail_model(self, model: Model, error: Exception) -> None:
         """The model cannot be had: tell all who wait for it."""
-        model.failure = error
+        model.failure, model.pinned = error, False
         for ticket in (*model.load_tickets, *model.unload_tickets):
             self._reply(ticket, error)
         model.load_tickets.clear()

@@ -28,6 +28,8 @@ class Disk:
         self.last_pid = 0
         self._log: Log | None = None
         self._store: SwapStore | None = None
+        self._journal = ThreadPoolExecutor(1, "llm-os-journal")  # threads start with the first operation
+        self._swap = ThreadPoolExecutor(1, "llm-os-swap")
         if config.state is not None:
             self._log = plugins.open_log(config.state)
             self.sessions, self.last_pid = dict(self._log.sessions), self._log.last_pid
@@ -37,8 +39,6 @@ class Disk:
             except BaseException:
                 self.close()
                 raise
-        self._journal = ThreadPoolExecutor(1, "llm-os-journal")
-        self._swap = ThreadPoolExecutor(1, "llm-os-swap")
 
     def append(self, records: tuple[Record, ...]) -> Future[None]:
         assert self._log is not None
@@ -67,12 +67,14 @@ class Disk:
 
     def close(self) -> None:
         """After the last operation has landed."""
-        for pool in (getattr(self, "_journal", None), getattr(self, "_swap", None)):
-            if pool is not None:
-                pool.shutdown()
-        for keeper in (self._log, self._store):
-            if keeper is not None:
-                keeper.close()
+        self._journal.shutdown()
+        self._swap.shutdown()
+        try:
+            if self._log is not None:
+                self._log.close()
+        finally:
+            if self._store is not None:
+                self._store.close()
 
     def _there(self) -> SwapStore:
         if self._store is None:

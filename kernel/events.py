@@ -94,11 +94,12 @@ class Unblock(Struct, frozen=True):
 
 
 class LoadModel(Struct, frozen=True):
-    """Bring a model to the device now, or only near it. Answered by Reply(ticket)."""
+    """Bring a model to the device now, to stay if `pin`, or only near it. Answered by Reply(ticket)."""
 
     ticket: int
     model: str
     prefetch: bool = False
+    pin: bool = False
 
 
 class Pin(Struct, frozen=True):

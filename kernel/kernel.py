@@ -51,9 +51,14 @@ class Kernel:
         try:
             core = Core(config, _budget(config, driver))
             disk = Disk(config, plugins)
+            self._boot(core, driver, plugins, disk)
         except BaseException:
             driver.close()
+            if disk is not None:
+                disk.close()
             raise
+
+    def _boot(self, core: Core, driver: Driver, plugins: Plugins, disk: Disk) -> None:
         self._loop = Loop(core, driver, plugins, disk)
         self._ids = itertools.count(disk.last_pid + 1)
         self.recovered = tuple(disk.sessions)  # pids of sessions of an earlier life, which go on
@@ -61,8 +66,8 @@ class Kernel:
             self._loop.mailboxes[pid] = self._loop.unclaimed[pid] = Mailbox()
             self._loop.inbox.put(ev.Restore(pid, session))
         self._thread = threading.Thread(target=self._loop.run, name="llm-os-kernel", daemon=True)
-        self._halt = weakref.finalize(self, _halt, self._loop, self._thread)
         self._thread.start()
+        self._halt = weakref.finalize(self, _halt, self._loop, self._thread)
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
@@ -144,9 +149,7 @@ class Kernel:
 
         Raises ModelError, Refused (with the bytes needed and free) or DriverError."""
         _check_type("model", model, str)
-        await _wait(self._ask(lambda ticket: ev.LoadModel(ticket, model)))
-        if pin:
-            await _wait(self._ask(lambda ticket: ev.Pin(ticket, model, True)))
+        await _wait(self._ask(lambda ticket: ev.LoadModel(ticket, model, pin=pin)))
 
     async def unpin(self, model: str) -> None:
         """Let others take the place of a pinned model again. Raises ModelNotFound."""

@@ -64,8 +64,10 @@ class Loop:
             try:
                 self.driver.close()
             finally:
-                self.disk.close()
-                self.ended.set_result(None)
+                try:
+                    self.disk.close()
+                finally:
+                    self.ended.set_result(None)
 
     def receive_all(self) -> list[ev.Event]:
         """What has happened since; waits for it, until the core wants to be woken. Calls that other threads have left
@@ -131,8 +133,9 @@ class Loop:
                 case ev.Copy(_, model, moves):
                     future = self.driver.copy(model, moves)
         except Exception as error:  # a driver that raises instead of failing its future
-            future = Future()
-            future.set_exception(error)
+            future = _failed(error)
+        if not isinstance(future, Future):
+            future = _failed(DriverError(f"the driver answered {type(operation).__name__} with no future"))
         future.add_done_callback(partial(self.complete, operation.id))
 
     def complete(self, operation: int, future: Future[Any]) -> None:
@@ -148,10 +151,9 @@ class Loop:
             good = [(page, content) for page, content in zip(pages, contents, strict=True) if content is not None]
             try:
                 written = self.driver.swap_in(model, tuple(page for page, _ in good), tuple(c for _, c in good))
+                _then(written, done, lambda _: tuple(content is not None for content in contents))
             except Exception as error:
                 done.set_exception(error)
-                return
-            _then(written, done, lambda _: tuple(content is not None for content in contents))
 
         def read(future: Future[list[bytes | None]]) -> None:
             if (error := future.exception()) is not None:
@@ -203,6 +205,12 @@ def encode(operation: ev.Encode) -> list[int]:
     if isinstance(request.prompt, str):
         return image.encode(request.prompt, raw=True)
     return list(request.prompt or ())
+
+
+def _failed(error: Exception) -> Future[Any]:
+    future = Future[Any]()
+    future.set_exception(error)
+    return future
 
 
 def _then(future: Future[Any], done: Future[T], change: Callable[[Any], T]) -> None:

@@ -60,6 +60,7 @@ class Process:
     submitted: float
     parent: int | None = None
     nice: int = 0
+    restored: bool = False  # it began in an earlier life of the kernel
     state: State = State.NEW
     salt: int = field(init=False)  # what sets its tenant's pages apart from all others'
     reservation: Reservation | None = None

@@ -88,7 +88,9 @@ class Processes:
 
     def restore(self, event: ev.Restore) -> None:
         began = event.session.began
-        process = Process(event.pid, began.request, began.seed, self._flights.now, nice=began.request.nice)
+        process = Process(
+            event.pid, began.request, began.seed, self._flights.now, nice=began.request.nice, restored=True
+        )
         new = self._is_new(event.pid) or event.pid not in self.live  # they come at boot, in any order
         if new and self._enter(process):
             self._restoring[event.pid] = event
@@ -104,13 +106,13 @@ class Processes:
         try:
             if self.halting:
                 raise Closed("the kernel is closed")
-            if len(self.live) >= self._queue_limit:
+            if len(self.live) >= self._queue_limit and not process.restored:
                 wait = self._between_ends
                 raise Refused(
                     f"{len(self.live)} processes are live, the most that queue_limit allows; try again in {wait:.2g} s",
                     wait,
                 )
-            process.reservation = self._accounting.enter(process.request.tenant)
+            process.reservation = self._accounting.enter(process.request.tenant, process.restored)
         except Error as refusal:
             self._flights.emit(ev.Deliver(process.pid, error=refusal))
             return False
@@ -118,7 +120,7 @@ class Processes:
         self._residency.open(process.request.model).live += 1
         request = process.request
         queue_s = self._queue_s if request.queue_s is None else request.queue_s
-        for limit in (queue_s, request.deadline_s):
+        for limit in (None if process.restored else queue_s, request.deadline_s):
             if limit is not None:
                 self._deadlines.add(process.submitted + limit, process.pid)
         return True
@@ -209,8 +211,8 @@ class Processes:
             chunk = process.replay(took, self._flights.now)
             if given := sum(count for _, count in process.given):
                 self._extend(process, given)
-        except Exception as error:  # the model file may be another one now
-            self.fail(process, as_error(error, RequestError))
+        except Exception as error:  # the model file may be another one now, or memory smaller: another life may do it
+            self.fail(process, as_error(error, RequestError), keep=True)
             return
         if chunk is not None and chunk.finish_reason is not None:
             self.end(process, chunk.finish_reason, chunk, restored=True)
@@ -272,6 +274,8 @@ class Processes:
     def kill(self, event: ev.Kill) -> None:
         if process := self.live.get(event.pid):
             self.end(process, "cancelled")
+        elif event.ticket is None and not self.halting:  # it had ended, and its reader has gone without reading that
+            self._outbox.note(Done(event.pid))
         if event.ticket is not None:
             self._reply(event.ticket)
 
@@ -335,7 +339,9 @@ class Processes:
             queue_s = self._queue_s if request.queue_s is None else request.queue_s
             if request.deadline_s is not None and now >= process.submitted + request.deadline_s:
                 self.end(process, "deadline")
-            elif queue_s is not None and process.admitted is None and now >= process.submitted + queue_s:
+            elif process.restored or queue_s is None or process.admitted is not None:
+                continue
+            elif now >= process.submitted + queue_s:
                 waited = f"it waited {now - process.submitted:.3g} s and has not run; queue_s allows {queue_s:g} s"
                 self.fail(process, Refused(f"{waited}; try again later", self._between_ends))
 

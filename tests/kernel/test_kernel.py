@@ -293,7 +293,11 @@ def test_a_driver_that_raises_or_cancels_ends_the_request_only(
         future.set_running_or_notify_cancel()
         return future
 
-    for run, message in ((raises, "device on fire"), (cancels, "cancelled")):
+    def answers_nothing(self: SimDriver, batch: object) -> None:
+        return None
+
+    faults = ((raises, "device on fire"), (cancels, "cancelled"), (answers_nothing, "Run with no future"))
+    for run, message in faults:
         with monkeypatch.context() as patch:
             patch.setattr(SimDriver, "run", run)
             with pytest.raises(llm_os.DriverError, match=message):
@@ -358,3 +362,19 @@ async def test_leaving_async_with_leaves_no_thread_at_all(anyio_backend: str) ->
 def test_the_one_liner_answers_and_cleans_up() -> None:
     text = llm_os.generate("sim:a", "Hi", config=CONFIG, max_tokens=12, temperature=0)
     assert len(text) == 12
+
+
+def test_closing_ends_also_when_the_swap_store_cannot_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llm_os.drivers.persistence.swap import SwapStore
+
+    def broken(self: SwapStore) -> None:
+        raise OSError("a disk that has gone")
+
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    monkeypatch.setattr(SwapStore, "close", broken)
+
+    async def main() -> None:
+        async with llm_os.Kernel(llm_os.Config(driver="sim", memory="64MiB", swap_host="1MiB")) as kernel:
+            await kernel.generate(ask())
+
+    anyio.run(main)

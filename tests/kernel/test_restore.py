@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_os.kernel import events as ev
+from llm_os.kernel.config import Tenant
 from llm_os.kernel.journal import Blocked, replay
 
 
@@ -45,3 +46,55 @@ def test_a_model_that_cannot_be_opened_ends_a_request_and_its_samples_once_each(
     m.fork(2, 1, from_prompt=True)
     m.settle()
     assert m.end(1) == "ModelNotFound" and m.end(2) == "RequestError" and not m.core.processes
+
+
+def lives(machine: type[Any], **config: Any) -> tuple[Any, Any]:
+    """A first life in which two sessions took three tokens each, and a second one that has not begun."""
+    first = machine(state=Path("state"))
+    for pid in (1, 2):
+        first.submit(pid, f"{pid} asks", sampling={"max_tokens": 8})
+    while min(len(first.tokens(pid)) for pid in (1, 2)) < 3:
+        first.complete()
+    second = machine(state=Path("state"), **config)
+    second.requests = first.requests
+    return first, second
+
+
+def test_restored_sessions_are_held_to_no_limit_of_arrival(machine: type[Any]) -> None:
+    first, m = lives(machine, queue_limit=1, queue_s=0.5, tenants={"": Tenant(max_processes=1)})
+    for pid, session in replay(first.journal).items():
+        m.post(ev.Restore(pid, session))
+    assert len(m.core.processes) == 2
+    m.submit(3)
+    assert m.end(3) == "Refused", "newcomers are"
+    m.settle()
+    assert m.tokens(1) == m.expected(1) and m.tokens(2) == m.expected(2)
+
+
+def test_a_session_that_this_life_has_no_room_for_is_kept_for_another(machine: type[Any]) -> None:
+    first, m = lives(machine, memory=10 * 65536)
+    for pid, session in replay(first.journal).items():
+        m.post(ev.Restore(pid, session))
+    m.settle()
+    assert m.end(1) == m.end(2) == "Refused"
+    assert replay([*first.journal, *m.journal]).keys() == {1, 2}
+
+
+def test_an_answer_whose_reader_went_away_before_reading_it_is_forgotten(machine: type[Any]) -> None:
+    m = machine(state=Path("state"))
+    m.submit(1)
+    m.settle()
+    assert replay(m.journal).keys() == {1}
+    m.post(ev.Kill(1))
+    m.settle()
+    assert not replay(m.journal)
+
+
+def test_a_session_whose_reader_goes_away_while_the_kernel_halts_is_kept(machine: type[Any]) -> None:
+    m = machine(state=Path("state"))
+    m.submit(1, sampling={"max_tokens": 100})
+    while not m.tokens(1):
+        m.complete()
+    m.post(ev.Halt(), ev.Kill(1))
+    m.settle()
+    assert replay(m.journal).keys() == {1} and m.core.halted
