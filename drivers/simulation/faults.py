@@ -13,7 +13,7 @@ from llm_os.kernel.errors import RequestError
 
 # kind -> how often it comes at each place where it can
 RATES: dict[str, dict[str, float]] = {
-    "allocation": {"load": 0.02, "run": 0.002, "copy": 0.01, "swap": 0.01, "unload": 0.01},
+    "allocation": {"load": 0.02, "run": 0.002, "copy": 0.1, "swap": 0.1, "unload": 0.01},
     "out_of_memory": {"load": 0.02, "run": 0.002},
     "step_error": {"run": 0.004},
     "wrong_rows": {"run": 0.001},

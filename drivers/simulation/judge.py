@@ -29,14 +29,20 @@ class Judge:
         self.ends: Counter[str] = Counter()
         self.last: object = None  # how the last process ended
         self.lost_s = 0.0  # that faults took: nobody is to blame for them
+        self._hangs: list[tuple[float, float]] = []  # until when, for how long
         self._plan = plan
         self._workload = workload
         self._tampered: set[str] = set()  # models whose image is a broken plugin's
         self._lost = False
         self._failing: set[str] = set()  # models whose operation failed in this step
         self._tickets: set[int] = set()  # that wait for a reply
+        self._pinned: set[str] = set()
+        self._pins: dict[int, str] = {}  # tickets of Pin
+        self._unloads: dict[int, str] = {}  # tickets of UnloadModel
         self._durable: Counter[int] = Counter()  # tokens of answers that are in the journal
-        self._spent: Counter[str] = Counter()  # tokens that tenants were served
+        self._charges: list[tuple[Story, int]] = []  # of this step
+        self._charged: Counter[int] = Counter()  # tokens of processes, computed or generated
+        self._spent: Counter[str] = Counter()  # the same, of tenants
 
     def story(self, pid: int) -> Story:
         story = self._workload.stories.get(pid)
@@ -51,6 +57,14 @@ class Judge:
                 story = self.story(event.pid)
                 if story.request.model in self._failing | self._tampered:
                     story.excused = story.excused or "its model failed as it came"
+            match event:
+                case ev.Pin(_, model, True) if model not in self._unloads.values():
+                    self._pins[event.ticket] = model
+                case ev.Pin(_, model, False):
+                    self._unpin(model)
+                case ev.UnloadModel(_, model):
+                    self._unpin(model)
+                    self._unloads[event.ticket] = model
         self._tickets.update(ticket for event in events if (ticket := getattr(event, "ticket", None)) is not None)
 
     # -- the device ----------------------------------------------------------------------------------------------------
@@ -74,11 +88,13 @@ class Judge:
             return
         for rows, row in zip(sequences, result, strict=True):
             story = self._workload.stories[rows.pid]
+            end = rows.position + len(rows.tokens) + (rows.sample is not None)
+            if now < story.deadline:
+                self._charges.append((story, end))
             if isinstance(row, RowError):
                 story.excused = story.excused or row.message
             elif rows.sample is not None:
                 story.ran(rows, row, now)
-                self._spend(story, 1)
 
     def failed(self, operation: ev.Operation, why: str, ready: Collection[str] = ()) -> None:
         """Whom this operation's failure may end. `ready` are the models on the device: others may have waited for pages
@@ -101,6 +117,14 @@ class Judge:
         self._failing.add(getattr(operation, "model", ""))
         for story in struck:
             story.excused = story.excused or why
+
+    def unload(self, operation: ev.Unload) -> None:
+        """A model has to go. Nobody who pinned it was told that it would stay."""
+        insist(operation.model not in self._pinned, "pin", f"{operation.model} is unloaded")
+
+    def _unpin(self, model: str) -> None:
+        self._pinned.discard(model)
+        self._pins = {ticket: name for ticket, name in self._pins.items() if name != model}
 
     def encoded(self, operation: ev.Encode, now: float) -> None:
         for story in self._workload.live.values():
@@ -155,6 +179,9 @@ class Judge:
     def reply(self, item: ev.Reply) -> None:
         insist(item.ticket in self._tickets, "reply", f"ticket {item.ticket} is answered twice")
         self._tickets.remove(item.ticket)
+        self._unloads.pop(item.ticket, None)
+        if (model := self._pins.pop(item.ticket, None)) is not None and item.error is None:
+            self._pinned.add(model)
         if (story := self._workload.blocks.pop(item.ticket, None)) is not None and item.error is None:
             story.blocked = True
         if (story := self._workload.gifts.pop(item.ticket, None)) is not None and story.gift is not None:
@@ -190,22 +217,35 @@ class Judge:
             if other.ready is None or other.ready >= before or other.pid >= story.pid or other.ran_first:
                 continue
             alike = (other.request.model, other.request.tenant) == (story.request.model, story.request.tenant)
+            lost = sum(seconds for end, seconds in self._hangs if end >= other.ready)
+            if other.ready >= before - lost:
+                continue
             if alike and other.pid in waiting and not (other.killed or other.excused or other.blocked):
                 insist(False, "starvation", f"{story.pid} runs before {other.pid}, which waits since {other.ready}")
 
-    def _spend(self, story: Story, tokens: int) -> None:
-        tenant = story.request.tenant
-        self._spent[tenant] += tokens
-        limits = self._plan.config.tenants.get(tenant)
+    def _charge(self, story: Story, tokens: int) -> None:
+        """It has so many tokens now. Those whose process has ended by then are nobody's."""
+        if story.ended is not None or story.killed or story.excused or self._lost:
+            return
+        tenant, more = story.request.tenant, max(0, tokens - self._charged[story.pid])
+        self._charged[story.pid] += more
+        self._spent[tenant] += more
+        limits, spent = self._plan.config.tenants.get(tenant), self._spent[tenant]
         if limits is not None and limits.max_tokens is not None:
-            insist(
-                self._spent[tenant] <= limits.max_tokens, "quota", f"{tenant} was served {self._spent[tenant]} tokens"
-            )
+            insist(spent <= limits.max_tokens, "quota", f"{tenant} was served {spent} tokens of {limits.max_tokens}")
 
     def stepped(self, now: float, processes: int) -> None:
-        """After every step. `processes` is how many the core has."""
+        """After every step. `processes` is how many the core has that came in this life."""
         self._failing.clear()
+        for story, tokens in self._charges:
+            self._charge(story, tokens)
+        self._charges.clear()
         insist(processes <= self._plan.config.queue_limit, "queue", f"{processes} processes live")
+
+    def hangs(self, now: float, seconds: float) -> None:
+        """A fault makes an operation that begins now take so much longer."""
+        self.lost_s += seconds
+        self._hangs.append((now + seconds, seconds))
 
     def stuck(self, now: float, bound_s: float) -> Story | None:
         """Who has waited for a token for longer than that, faults apart."""
@@ -229,7 +269,12 @@ class Judge:
         self._lost = False
         self._tampered.clear()
         self._tickets.clear()
+        self._pinned.clear()
+        self._pins.clear()
+        self._unloads.clear()
         self._durable.clear()
+        self._charges.clear()
+        self._charged.clear()
         self._spent.clear()
         for pid, session in sessions.items():
             story = self.story(pid)

@@ -13,7 +13,7 @@ from llm_os.drivers.simulation.chooser import Chooser
 from llm_os.kernel.config import Config, Tenant
 
 FRAME = 4096
-UNIT = 2.0**-20  # seconds, about one millionth; times are whole units, so that their sums are exact
+UNIT = 2.0**-24  # seconds; so short that a swap can be cheaper than computing; sums of whole units are exact
 STATE = Path("state")  # in the simulated file system
 
 
@@ -55,7 +55,7 @@ def draw(chooser: Chooser) -> Plan:
             slice_s=pick((10, 50, 200)) * UNIT,
             aging_s=pick((10, 50, 500)) * UNIT,
             queue_s=pick((None, None, None, 500 * UNIT)),
-            swap_host=pick((0, 2, 8, 16)) * FRAME,
+            swap_host=pick((0, 2, 8, 16, 1)) * FRAME,
             swap_disk=pick((0, 4, 16)) * FRAME,
             state=pick((None, STATE, STATE)),
             tenants={name: _tenant(chooser) for name in tenants if below(2)},
@@ -71,10 +71,13 @@ def draw(chooser: Chooser) -> Plan:
 
 def _tenant(chooser: Chooser) -> Tenant:
     below, pick = chooser.below, chooser.pick
+    weight = pick((1.0, 3.0, 0.5))
+    max_processes = pick((None, None, 1 + below(6)))
+    tokens = below(2000)
     return Tenant(
-        weight=pick((1.0, 3.0, 0.5)),
-        max_processes=pick((None, None, 1 + below(6))),
-        max_tokens=pick((None, None, None, 200 + below(2000))),
+        weight=weight,
+        max_processes=max_processes,
+        max_tokens=pick((None, None, None, 200 + tokens, 60 + tokens // 8)),
         max_pages=pick((None, None, 8 + below(60))),
     )
 

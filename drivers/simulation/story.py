@@ -149,7 +149,7 @@ class Story:
             else:
                 given.append((len(context), len(record.tokens)))
             context += record.tokens
-        known = self.origin.context if self.gift is None else [*self.context, *self.gift]
+        known = [*self.origin.context, *(self.gift or ())]
         insist(context == known[: len(context)], "journal", f"of {self.pid} has tokens that it never had")
         kept = len(answer) >= self.delivered or self.delivered <= self.inherited
         insist(kept, "durable", f"{self.pid} lost tokens that were delivered")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from msgspec.structs import replace
+
 from llm_os.drivers.sim import SimImage
 from llm_os.drivers.simulation.chooser import Chooser
 from llm_os.drivers.simulation.plan import UNIT, Plan
@@ -43,6 +45,8 @@ class Workload:
             (4, self._block),
             (6, self._unblock),
             (3, self._read),
+            (4, self._branch),
+            (4, self._again),
         ]
         self._acts = [act for weight, act in acts for _ in range(weight)]
 
@@ -110,6 +114,16 @@ class Workload:
             },
         )
 
+    def _again(self, now: float) -> list[ev.Event]:
+        """What somebody has asked before."""
+        story = self._some()
+        if story is None:
+            return []
+        pid = self.next_id()
+        request = replace(story.request)
+        self._begin(pid, request, pid * 7919, now)
+        return [ev.Submit(pid, request, pid * 7919)]
+
     def _some(self) -> Story | None:
         """A process: mostly one that lives."""
         stories = list(self.live.values())
@@ -120,12 +134,17 @@ class Workload:
     def _fork(self, now: float) -> list[ev.Event]:
         return self._spawn(now, 1, False)
 
+    def _branch(self, now: float) -> list[ev.Event]:
+        """Some ways on from the midst of an answer: they share the page that is written next."""
+        parents = [story for story in self.live.values() if story.ran_first and not story.blocked]
+        return self._spawn(now, 1 + self._chooser.below(3), False, self._chooser.pick(parents)) if parents else []
+
     def _samples(self, now: float) -> list[ev.Event]:
         """More answers to the same prompt."""
         return self._spawn(now, 1 + self._chooser.below(3), True)
 
-    def _spawn(self, now: float, count: int, from_prompt: bool) -> list[ev.Event]:
-        parent = self._some()
+    def _spawn(self, now: float, count: int, from_prompt: bool, parent: Story | None = None) -> list[ev.Event]:
+        parent = parent or self._some()
         if parent is None:
             return []
         events: list[ev.Event] = []
@@ -153,6 +172,8 @@ class Workload:
     def _block(self, now: float) -> list[ev.Event]:
         story = self._some()
         if story is None or story in self.blocks.values():
+            return []
+        if story.lives > 1 and story in self.gifts.values():  # it comes back from the journal, and its tool has said it
             return []
         ticket = self.next_id()
         self.blocks[ticket] = story

@@ -134,7 +134,7 @@ class World:
         crash = self.faults.at("step") == "crash"
         for action in actions[: self.chooser.below(len(actions) + 1) if crash else None]:
             self.act(action)
-        self.judge.stepped(self.now, len(self.core.processes))
+        self.judge.stepped(self.now, sum(not process.restored for process in self.core.processes.values()))
         if crash:
             self.crash()
 
@@ -167,6 +167,8 @@ class World:
             processes = self.core.processes.items()
             waiting = {pid for pid, process in processes if process.state == "ready" and not process.active}
             self.judge.run(operation, self.now, waiting)
+        elif isinstance(operation, ev.Unload):
+            self.judge.unload(operation)
         elif isinstance(operation, ev.SwapOut):
             self.state.expect(operation.slots, operation.pages)
         place, slowest = _PLACES[type(operation)]
@@ -174,7 +176,7 @@ class World:
         due = self.clock + 1 + self.chooser.delay(self.plan.swap_units if place == "swap" else slowest)
         if fault in ("hang", "plugin_hang"):
             due += _HANG
-            self.judge.lost_s += _HANG * UNIT
+            self.judge.hangs(self.now, _HANG * UNIT)
         if isinstance(operation, ev.Journal):  # one writer: in order
             self.written = due = max(due, self.written + 1)
         heappush(self.flying, (due, operation.id, operation, fault))
@@ -260,6 +262,9 @@ class World:
         if self.device.lost:
             self.crash()
         self._finish("the end of the faults")
+        if self.device.lost:  # by an operation that was still in flight
+            self.crash()
+            self._finish("the device was lost")
         models = self.plan.models
         for model in models:
             self._ask(ev.Pin(self.workload.next_id(), model, False))
