@@ -1,8 +1,10 @@
 """Plants one bug at a time in a copy of the kernel and lets the simulator find it: who guards the guards.
 
     planted_bugs.toml ──bug──> private copy of the package ──> simulator, seed after seed, until it reports a violation
+                                                           └─> or a file of tests, for a bug that names one as `test`
 
-A bug counts as caught if the same run of the kernel as it is reports nothing. Exits with 1 if a bug is not caught
+What only a long run with a backlog shows is for such a file; all else is for the simulator. A bug counts as caught if
+the same run, or the same tests, find nothing in the kernel as it is. Exits with 1 if a bug is not caught
 within the steps, or if its `old` text no longer stands exactly once in kernel/. The working tree is never changed.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +50,19 @@ while failure is None and used < budget and seed <= last:
 print(json.dumps({"used": used, "failure": failure}))
 """
 
+# In a process of its own: a file of tests, until the first one fails.
+TESTER = """
+import sys
+from pathlib import Path
+import pytest
+import llm_os.kernel
+folder, root, file = sys.argv[1:]
+assert Path(llm_os.kernel.__file__).resolve().is_relative_to(folder), "another kernel is being tested"
+options = ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "--rootdir", root, "-c", f"{root}/pyproject.toml"]
+sys.exit(pytest.main([*options, f"{root}/{file}"]))
+"""
+FAILED = re.compile(r"^(?:FAILED|ERROR) \S*?::(\w+)", re.MULTILINE)
+
 
 class Bug(NamedTuple):
     """One change of one file."""
@@ -55,10 +71,12 @@ class Bug(NamedTuple):
     breaks: str
     old: str
     new: str
+    test: str | None = None  # the file of tests that has to find it, in place of the simulator
 
 
 class Verdict(NamedTuple):
-    """What came of a bug. `by` is the promise that the simulator found broken; None if it found nothing."""
+    """What came of a bug. `by` is the promise that the simulator found broken, or the test that failed; None if nothing
+    was found."""
 
     bug: Bug
     file: str
@@ -94,12 +112,16 @@ def plant(folder: Path, bug: Bug | None) -> Path:
     return folder
 
 
+def run(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """With the copy of the package that is in `folder`."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S, cwd=folder)
+
+
 def simulate(folder: Path, seed: int, last: int, budget: int) -> dict[str, Any]:
     """Steps used, and the first failure."""
-    arguments = json.dumps([str(folder), seed, last, budget, STEPS, FAULTS])
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", PLAYER, arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S, cwd=folder)
+    done = run(folder, PLAYER, json.dumps([str(folder), seed, last, budget, STEPS, FAULTS]))
     if done.returncode:
         raise RuntimeError(f"the simulator itself fails: {done.stderr.strip().splitlines()[-1]}")
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -112,11 +134,44 @@ def fails_anyway(sound: Path, seed: int) -> bool:
     return simulate(sound, seed, seed, 1)["failure"] is not None
 
 
+def failing(folder: Path, file: str) -> str | None:
+    """The first test of a file that fails; None if all pass."""
+    done = run(folder, TESTER, str(folder), str(ROOT), file)
+    found = FAILED.search(done.stdout)
+    if done.returncode == 1 and found is not None:
+        return found[1]
+    if done.returncode:
+        raise RuntimeError(f"{file} cannot be run: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    return None
+
+
+@cache
+def sound_fails(sound: Path, file: str) -> str | None:
+    """The test that fails with the kernel as it is."""
+    return failing(sound, file)
+
+
+def examine(bug: Bug, file: Path, test: str, sound: Path) -> Verdict:
+    """Let a file of tests look for the bug."""
+    with tempfile.TemporaryDirectory(prefix="planted-") as folder:
+        try:
+            if anyway := sound_fails(sound, test):
+                return Verdict(bug, file.name, None, 0, message=f"{anyway} fails anyway")
+            name = failing(plant(Path(folder).resolve(), bug), test)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            return Verdict(bug, file.name, None, 0, message=str(error))
+    if name is None:
+        return Verdict(bug, file.name, None, 0, message=f"not caught by {test}")
+    return Verdict(bug, file.name, f"caught by {Path(test).name}: {name}", 0)
+
+
 def judge(bug: Bug, sound: Path, budget: int) -> Verdict:
     """Let the simulator look for the bug. `sound` is a copy without any."""
     file = home(bug)
     if file is None:
         return Verdict(bug, "?", None, 0, message="its old text does not stand exactly once in kernel/")
+    if bug.test is not None:
+        return examine(bug, file, bug.test, sound)
     used, seed = 0, 1
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         copy = plant(Path(folder).resolve(), bug)

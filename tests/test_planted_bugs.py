@@ -30,6 +30,12 @@ def test_the_simulator_catches_the_quick_ones_and_the_kernel_stays_as_it_was() -
     assert {file: file.read_bytes() for file in (ROOT / "kernel").glob("*.py")} == before
 
 
+def test_a_bug_that_names_a_file_of_tests_is_caught_by_the_first_one_that_fails() -> None:
+    done = planted("--steps", "1", "share without weights")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "caught by test_fair_share.py: test_weights_three_to_one_give_three_to_one" in done.stdout
+
+
 def test_a_bug_that_is_not_caught_is_exit_code_1() -> None:
     done = planted("--steps", "1", "displaced with a batch in flight")
     assert done.returncode == 1 and "1 bugs, 0 caught, 1 not" in done.stdout
