@@ -50,7 +50,7 @@ class Processes:
         self._last_pid = 0
         self._deadlines = Deadlines()
         self._restoring: dict[int, ev.Restore] = {}
-        self._early: dict[int, list[ev.Unblock]] = {}  # until those that are restored are there
+        self._early: dict[int, list[ev.Block | ev.Unblock]] = {}  # until those that are restored are there
         self._last_end: float | None = None
         self._between_ends = 1.0  # seconds, moving average: what a refused caller is told to wait
 
@@ -142,8 +142,7 @@ class Processes:
         restored = self._restoring.pop(process.pid, None)
         if restored is not None:
             self._continue(process, restored)
-            for early in self._early.pop(process.pid, ()):
-                self.unblock(early)
+            self._catch_up(process.pid)
         else:
             self._flights.start(ev.Encode(self._flights.next_id(), model.image, process.request), (process,))
 
@@ -285,7 +284,18 @@ class Processes:
             self._scheduler.renice(process, event.nice)
         self._reply(event.ticket, None if process else RequestError(f"there is no process {event.pid}"))
 
+    def _catch_up(self, pid: int) -> None:
+        """Do what was asked of a restored process before it was there."""
+        for early in self._early.pop(pid, ()):
+            if isinstance(early, ev.Block):
+                self.block(early)
+            else:
+                self.unblock(early)
+
     def block(self, event: ev.Block) -> None:
+        if event.pid in self._early:  # in the order in which they came
+            self._early[event.pid].append(event)
+            return
         process = self.live.get(event.pid)
         if process is None:
             self._reply(event.ticket, RequestError(f"there is no process {event.pid}"))
@@ -439,8 +449,7 @@ class Processes:
         """Out of the table; its pages follow when nothing in flight names them."""
         del self.live[process.pid]
         self._restoring.pop(process.pid, None)
-        for early in self._early.pop(process.pid, ()):
-            self.unblock(early)
+        self._catch_up(process.pid)
         model = self._residency.models[process.request.model]
         model.live -= 1
         model.blocked -= process.state is State.BLOCKED

@@ -98,3 +98,23 @@ def test_a_session_whose_reader_goes_away_while_the_kernel_halts_is_kept(machine
     m.post(ev.Halt(), ev.Kill(1))
     m.settle()
     assert replay(m.journal).keys() == {1} and m.core.halted
+
+
+def test_what_is_asked_of_a_session_before_its_model_is_open_is_done_in_order(machine: type[Any]) -> None:
+    first = machine(state=Path("state"))
+    first.submit(1, sampling={"max_tokens": 8})
+    first.until(ev.Run)
+    first.post(ev.Block(70, 1))
+    while 70 not in first.replies:
+        first.complete()
+    m = machine(state=Path("state"))
+    m.requests = first.requests
+    m.post(ev.Restore(1, replay(first.journal)[1]))
+    m.post(ev.Unblock(71, 1))
+    m.post(ev.Block(72, 1))
+    m.settle()
+    assert m.replies[71].error is None and m.replies[72].error is None
+    assert [info.state for info in m.core.ps()] == ["blocked"], "it was asked to stop last"
+    m.post(ev.Unblock(73, 1))
+    m.settle()
+    assert m.tokens(1) == m.expected(1)
