@@ -123,7 +123,7 @@ class Core:
 
     def _unload_model(self, event: ev.UnloadModel) -> None:
         model = self.residency.models.get(event.model)
-        if model is None or (self.residency.resting(model)):
+        if model is None or self.residency.resting(model):
             self._reply(event.ticket, ModelNotFound(f"{event.model} is not loaded; models() lists what is"))
         elif model.live:
             busy = f"{event.model} has {model.live} live processes; wait for them or kill them before you unload it"
@@ -176,7 +176,7 @@ class Core:
                     for process in self.processes.values():
                         self.pager.truncate(process, lost)
                 if isinstance(operation, ev.Copy):
-                    self._copied(operation, flight.places, flight.processes, event)
+                    self._copied(flight.places, flight.processes, event)
             case ev.Journal():
                 if event.error is None:
                     self.outbox.written()
@@ -225,9 +225,7 @@ class Core:
         if event.error is not None:
             self._fail_model(model, as_error(event.error, DriverError))
 
-    def _copied(
-        self, copy: ev.Copy, places: tuple[int, ...], processes: tuple[Process, ...], event: ev.Completed
-    ) -> None:
+    def _copied(self, places: tuple[int, ...], processes: tuple[Process, ...], event: ev.Completed) -> None:
         if not places:  # copy on write
             if event.error is not None:
                 for process in processes:

@@ -114,9 +114,6 @@ class Memory:
     def extent_frames(self) -> int:
         return sum(extent.frames for extents in self._extents.values() for extent in extents)
 
-    def extents_of(self, owner: str) -> tuple[Extent, ...]:
-        return self._extents.get(owner, ())
-
     def _unclaim(self, extents: Iterable[Extent]) -> None:
         for extent in extents:
             for frame in range(extent.frame, extent.frame + extent.frames):

@@ -1,9 +1,14 @@
-"""Fixtures that need real models. They come through the model store, so the tests meet what a user meets."""
+"""Fixtures for tests of every room. Real models come through the model store, so the tests meet what a user meets."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -24,3 +29,47 @@ def smollm2() -> Path:
     from llm_os.drivers.store import Store
 
     return Store().pull("smollm2:135m")
+
+
+@pytest.fixture
+def tmpfs() -> Callable[[Path, str], AbstractContextManager[Path]]:
+    """`with tmpfs(place, "size=64k"):` mounts a small file system at a new folder; skips the test where that is not
+    allowed."""
+    return _mounted
+
+
+@contextlib.contextmanager
+def _mounted(place: Path, options: str) -> Iterator[Path]:
+    place.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True)
+        trouble = mounted.stderr.strip() if mounted.returncode else None
+    except FileNotFoundError:
+        trouble = "there is no mount command"
+    if trouble is not None:
+        pytest.skip(f"a tmpfs cannot be mounted here: {trouble}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)  # a test that failed has files open
+
+
+@pytest.fixture
+def in_a_process(request: pytest.FixtureRequest) -> Callable[..., str]:
+    """`in_a_process(function, folder, 3)`: call a function of the test's file in a process with one thread. Returns
+    what it returned, as text."""
+
+    def call(function: Callable[..., object], folder: Path, *arguments: int) -> str:
+        code = (
+            "import importlib, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
+            "test = importlib.import_module(sys.argv[2]); "
+            "print(getattr(test, sys.argv[3])(Path(sys.argv[4]), *map(int, sys.argv[5:])))"
+        )
+        home = [str(request.path.parent), request.path.stem, function.__name__]
+        command = [sys.executable, "-c", code, *home, str(folder), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return call

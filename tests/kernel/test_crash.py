@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -368,26 +367,16 @@ def kill_with_smollm2(folder: Path, kills: int) -> str:
     return f"{done} kills on {directories} state directories: {answers} answers equal"
 
 
-def in_a_process(function: str, folder: Path, *arguments: object) -> str:
-    """Call a function of this file in a process with one thread, and return what it returned, as text."""
-    code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_crash as test; "
-        "print(getattr(test, sys.argv[2])(Path(sys.argv[3]), *map(int, sys.argv[4:])))"
-    )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), function, str(folder), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_every_session_goes_on_after_kill_9_at_any_moment_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
-    print(in_a_process("kill_at_any_moment", tmp_path, KILLS))
+def test_every_session_goes_on_after_kill_9_at_any_moment_as_if_it_had_not_been_killed(
+    tmp_path: Path, in_a_process: Any
+) -> None:
+    print(in_a_process(kill_at_any_moment, tmp_path, KILLS))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_real_model_goes_on_after_kill_9_with_the_tokens_that_it_would_have_said(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_a_process: Any
 ) -> None:
     monkeypatch.setenv("LLM_OS_TEST_SMOLLM2", str(smollm2))
-    print(in_a_process("kill_with_smollm2", tmp_path, 20 if KILLS > 30 else 1))
+    print(in_a_process(kill_with_smollm2, tmp_path, 20 if KILLS > 30 else 1))

@@ -4,9 +4,7 @@ when there is room."""
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +30,6 @@ def refusal(state: Path, **fields: Any) -> str:
     [line] = str(caught.value).splitlines()
     assert str(state) in line
     return line
-
-
-@contextlib.contextmanager
-def tmpfs(place: Path, options: str) -> Iterator[Path]:
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True)
-        trouble = mounted.stderr.strip() if mounted.returncode else None
-    except FileNotFoundError:
-        trouble = "there is no mount command"
-    if trouble is not None:
-        pytest.skip(f"a tmpfs cannot be mounted here: {trouble}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def fill(ballast: Path) -> None:
@@ -92,13 +73,13 @@ def test_a_journal_of_a_later_version_is_refused_and_stays_as_it_was(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no read-only folders")
-def test_a_state_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_state_directory_that_cannot_be_written_is_named(tmp_path: Path, tmpfs: Any) -> None:
     with tmpfs(tmp_path / "disk", "size=64k,ro") as disk:
         assert "Read-only file system" in refusal(disk / "state")
         assert "Read-only file system" in refusal(disk)
 
 
-def test_booting_on_a_full_disk_says_so(tmp_path: Path) -> None:
+def test_booting_on_a_full_disk_says_so(tmp_path: Path, tmpfs: Any) -> None:
     with tmpfs(tmp_path / "disk", "size=64k") as disk:
         (disk / "state").mkdir()
         fill(disk / "ballast")
@@ -107,7 +88,9 @@ def test_booting_on_a_full_disk_says_so(tmp_path: Path) -> None:
         llm_os.Kernel(config(disk / "state")).close()
 
 
-def test_a_disk_that_fills_up_ends_the_sessions_and_the_kernel_serves_again_once_there_is_room(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_ends_the_sessions_and_the_kernel_serves_again_once_there_is_room(
+    tmp_path: Path, tmpfs: Any
+) -> None:
     with tmpfs(tmp_path / "disk", "size=256k") as disk, llm_os.Kernel(config(disk / "state")) as kernel:
         heard = len(kernel.stream(ask()).result().token_ids)
         streams = [kernel.stream(ask(2000)) for _ in range(3)]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,8 +69,8 @@ def kill_at_any_moment(folder: Path, lives: int) -> int:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_every_acknowledged_group_survives_kill_9_at_any_moment(tmp_path: Path) -> None:
-    assert int(in_a_process("kill_at_any_moment", tmp_path / "state", 40)) > 400
+def test_every_acknowledged_group_survives_kill_9_at_any_moment(tmp_path: Path, in_a_process: Any) -> None:
+    assert int(in_a_process(kill_at_any_moment, tmp_path / "state", 40)) > 400
 
 
 def test_a_second_kernel_is_told_who_has_the_folder_until_that_one_is_dead(tmp_path: Path) -> None:
@@ -113,19 +114,9 @@ def fill_small_file(folder: Path) -> int:
     return fill(folder)
 
 
-def in_a_process(function: str, folder: Path, *arguments: int) -> str:
-    """Call a function of this file in a process with one thread, and return what it returned, as text."""
-    code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_log_processes as test; "
-        "print(getattr(test, sys.argv[2])(Path(sys.argv[3]), *map(int, sys.argv[4:])))"
-    )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), function, str(folder), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_log_on_a_full_disk_keeps_what_it_acknowledged_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
+def test_a_log_on_a_full_disk_keeps_what_it_acknowledged_and_goes_on_when_there_is_room(
+    tmp_path: Path, tmpfs: Any
+) -> None:
     with tmpfs(tmp_path / "disk", "size=256k"):
         folder, ballast = tmp_path / "disk" / "state", tmp_path / "disk" / "ballast"
         ballast.write_bytes(bytes(64 * 1024))
@@ -139,7 +130,7 @@ def test_a_log_on_a_full_disk_keeps_what_it_acknowledged_and_goes_on_when_there_
         log.close()
 
 
-def test_swap_on_a_full_disk_refuses_and_keeps_nothing_of_what_it_refused(tmp_path: Path) -> None:
+def test_swap_on_a_full_disk_refuses_and_keeps_nothing_of_what_it_refused(tmp_path: Path, tmpfs: Any) -> None:
     with tmpfs(tmp_path / "disk", "size=256k"):
         store = SwapStore(tmp_path / "disk")
         store.put([0], [bytes(100_000)], "disk")
@@ -154,27 +145,10 @@ def test_swap_on_a_full_disk_refuses_and_keeps_nothing_of_what_it_refused(tmp_pa
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limits of a process")
-def test_a_write_that_the_system_cuts_short_is_taken_back(tmp_path: Path) -> None:
+def test_a_write_that_the_system_cuts_short_is_taken_back(tmp_path: Path, in_a_process: Any) -> None:
     """The limit on the size of files: the write that crosses it is really short, and the next one fails."""
-    kept = int(in_a_process("fill_small_file", tmp_path))
+    kept = int(in_a_process(fill_small_file, tmp_path))
     assert 10 < kept < 400
     log = FileLog(tmp_path)
     assert (list(log.sessions), log.lost_bytes) == ([kept + 1], 0)
     log.close()
-
-
-@contextlib.contextmanager
-def tmpfs(place: Path, options: str) -> Iterator[None]:
-    place.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True)
-        trouble = mounted.stderr.strip() if mounted.returncode else None
-    except FileNotFoundError:
-        trouble = "there is no mount command"
-    if trouble is not None:
-        pytest.skip(f"a tmpfs cannot be mounted here: {trouble}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)  # a test that failed has files open

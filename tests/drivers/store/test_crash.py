@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +27,6 @@ def paused(hub: Any) -> Any:
     hub.repos["org/repo"] = {"m.gguf": GGUF, "n.gguf": b"other"}
     hub.pause_after = len(GGUF) // 2
     return hub
-
-
-@contextlib.contextmanager
-def tmpfs(place: Path, options: str) -> Iterator[None]:
-    place.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True)
-        trouble = mounted.stderr.strip() if mounted.returncode else None
-    except FileNotFoundError:
-        trouble = "there is no mount command"
-    if trouble is not None:
-        pytest.skip(f"a tmpfs cannot be mounted here: {trouble}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_after_kill_9_in_the_middle_the_next_pull_cleans_up_and_succeeds(
@@ -191,7 +174,7 @@ def test_waiting_for_another_pull_can_be_cancelled(paused: Any, puller: Callable
 
 
 def test_a_disk_that_fills_up_in_the_middle_leaves_nothing(
-    hub: Any, home: Path, store: Store, leftovers: Callable[[], list[str]]
+    hub: Any, home: Path, store: Store, leftovers: Callable[[], list[str]], tmpfs: Any
 ) -> None:
     hub.repos["org/repo"] = {"m.gguf": GGUF}
     with tmpfs(home, "size=1m"):
@@ -214,6 +197,7 @@ def test_a_disk_too_small_for_the_wheel_is_told_whoever_meets_it_first(
     store: Store,
     add_alias: Callable[..., None],
     leftovers: Callable[[], list[str]],
+    tmpfs: Any,
 ) -> None:
     wheels({"m.gguf": GGUF * 5})
     source = {"source": "pip:tiny-model==1.0/m.gguf", "sha256": hashlib.sha256(GGUF * 5).hexdigest()}
@@ -228,7 +212,7 @@ def test_a_disk_too_small_for_the_wheel_is_told_whoever_meets_it_first(
 
 
 def test_a_read_only_store_serves_what_it_has_and_says_that_it_cannot_change(
-    hub: Any, home: Path, store: Store
+    hub: Any, home: Path, store: Store, tmpfs: Any
 ) -> None:
     hub.repos["org/repo"] = {"m.gguf": GGUF, "n.gguf": b"other"}
     with tmpfs(home, "size=2m"):
