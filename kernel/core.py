@@ -17,15 +17,16 @@ from llm_os.kernel.config import Config, parse_bytes
 from llm_os.kernel.costs import Costs
 from llm_os.kernel.driver import Batch
 from llm_os.kernel.driver import Sequence as Rows
-from llm_os.kernel.errors import Closed, DriverError, Error, ModelError, ModelNotFound, Refused, StoreError, as_error
+from llm_os.kernel.errors import Closed, Error, Refused, StoreError, as_error
 from llm_os.kernel.faults import Faults
 from llm_os.kernel.flights import Flights
+from llm_os.kernel.loader import Loader
 from llm_os.kernel.memory import Memory, MemoryInfo
 from llm_os.kernel.outbox import Outbox
 from llm_os.kernel.pager import Pager
 from llm_os.kernel.process import Process, ProcessInfo, State
 from llm_os.kernel.processes import Processes
-from llm_os.kernel.residency import AWAY, Model, Residency, Where
+from llm_os.kernel.residency import Model, Residency, Where
 from llm_os.kernel.scheduler import Order, Scheduler
 from llm_os.kernel.swap import Swap
 
@@ -47,6 +48,7 @@ class Core:
         self.table = Processes(
             config, self.flights, self.outbox, self.pager, self.residency, self.scheduler, self.accounting
         )
+        self.loader = Loader(self.residency, self.table, self.pager, self.memory, self.flights)
         self.faults = Faults(self.residency, self.scheduler, self.pager, self.memory, self.flights)
         self.halting = False
         self._now = 0.0
@@ -85,9 +87,9 @@ class Core:
                 case ev.Submit():
                     table.submit(event)
                 case ev.Fork():
-                    table.fork(event)
+                    table.forks.fork(event)
                 case ev.Restore():
-                    table.restore(event)
+                    table.sessions.restore(event)
                 case ev.Forget():
                     table.forget(event)
                 case ev.Kill():
@@ -99,49 +101,13 @@ class Core:
                 case ev.Unblock():
                     table.unblock(event)
                 case ev.LoadModel():
-                    self._load_model(event)
+                    self.loader.load(event)
                 case ev.UnloadModel():
-                    self._unload_model(event)
+                    self.loader.unload(event)
                 case ev.Pin():
-                    self._pin(event)
+                    self.loader.pin(event)
                 case ev.Halt():
                     self._halt()
-
-    def _load_model(self, event: ev.LoadModel) -> None:
-        if self.halting:
-            self._reply(event.ticket, Closed("the kernel is closed"))
-            return
-        model = self.residency.open(event.model)
-        model.pinned |= event.pin
-        if event.prefetch:
-            model.prefetch = True
-            self._reply(event.ticket)
-        elif model.where is Where.ON_DEVICE and not model.leaving:
-            self._reply(event.ticket)
-        else:
-            model.load_tickets.append(event.ticket)
-
-    def _unload_model(self, event: ev.UnloadModel) -> None:
-        model = self.residency.models.get(event.model)
-        if model is None or self.residency.resting(model):
-            self._reply(event.ticket, ModelNotFound(f"{event.model} is not loaded; models() lists what is"))
-        elif model.live:
-            busy = f"{event.model} has {model.live} live processes; wait for them or kill them before you unload it"
-            self._reply(event.ticket, Refused(busy))
-        else:
-            model.unload_tickets.append(event.ticket)
-            model.pinned = model.stuck = False
-
-    def _pin(self, event: ev.Pin) -> None:
-        model = self.residency.models.get(event.model)
-        if model is None:
-            self._reply(event.ticket, ModelNotFound(f"{event.model} is not open; load it first"))
-            return
-        model.pinned = event.pinned
-        self._reply(event.ticket)
-
-    def _reply(self, ticket: int, error: Exception | None = None) -> None:
-        self.flights.emit(ev.Reply(ticket, error))
 
     def _halt(self) -> None:
         self.halting = self.table.halting = True
@@ -157,26 +123,27 @@ class Core:
         operation = flight.operation
         match operation:
             case ev.Open(_, name):
-                self._opened(self.residency.models[name], event)
+                self.loader.opened(name, event)
             case ev.Encode():
                 self.table.encoded(flight.processes[0], event)
             case ev.Load(_, name):
-                self._loaded(self.residency.models[name], event, self._now - flight.started)
+                self.loader.loaded(name, event, self._now - flight.started)
             case ev.Unload(_, name):
-                self._unloaded(self.residency.models[name], event)
+                self.loader.unloaded(name, event)
             case ev.Release(_, name):
-                self._released(self.residency.models[name], event)
+                self.loader.released(name, event)
             case ev.Prefetch(_, name):
-                model = self.residency.models[name]
-                if event.error is None and model.where is Where.ON_DISK:
-                    model.where = Where.IN_HOST
+                self.loader.prefetched(name, event)
             case ev.Copy() | ev.SwapOut() | ev.SwapIn() | ev.Demote():
                 lost = self.pager.landed(flight, event)
                 if lost:
                     for process in self.processes.values():
                         self.pager.truncate(process, lost)
                 if isinstance(operation, ev.Copy):
-                    self._copied(flight.places, flight.processes, event)
+                    if flight.places:
+                        self.loader.moved(event)
+                    else:
+                        self.table.copied(flight.processes, event)
             case ev.Journal():
                 if event.error is None:
                     self.outbox.written()
@@ -187,131 +154,24 @@ class Core:
         for process in flight.processes:
             self.table.landed(process)
 
-    def _opened(self, model: Model, event: ev.Completed) -> None:
-        if event.error is not None or not isinstance(event.result, ev.Opened):
-            model.where = Where.ON_DISK
-            error = event.error or ModelError(f"opening {model.name} gave {type(event.result).__name__}, no image")
-            self._fail_model(model, as_error(error, ModelNotFound))
-            return
-        before = model.slab
-        try:
-            changed = self.residency.opened(model, event.result)
-        except Error as error:
-            self._fail_model(model, error)
-            return
-        if changed and before is not None:
-            self.pager.forget(before)
-            if model.kv_on_device:
-                self.residency.release_kv(model)
-        if not model.leaving and not self.halting:
-            self.table.opened(model)
-
-    def _loaded(self, model: Model, event: ev.Completed, seconds: float) -> None:
-        if event.error is not None:
-            self.residency.not_loaded(model)
-            self._fail_model(model, as_error(event.error, DriverError))
-            return
-        self.residency.loaded(model, seconds)
-
-    def _unloaded(self, model: Model, event: ev.Completed) -> None:
-        if event.error is None or self.halting:  # closing the driver will free what it could not unload
-            self.residency.evicted(model)
-        else:
-            self.residency.not_evicted(model, as_error(event.error, DriverError))
-            self.table.opened(model)
-
-    def _released(self, model: Model, event: ev.Completed) -> None:
-        self.residency.released(model)
-        if event.error is not None:
-            self._fail_model(model, as_error(event.error, DriverError))
-
-    def _copied(self, places: tuple[int, ...], processes: tuple[Process, ...], event: ev.Completed) -> None:
-        if not places:  # copy on write
-            if event.error is not None:
-                for process in processes:
-                    self.pager.uncopied(process)
-                    if process.state is not State.ENDED:
-                        self.table.fail(process, as_error(event.error, DriverError))
-            return
-        for model in self.residency.models.values():
-            if model.where is Where.LOADING and not self.flights.busy(model.name):
-                if event.error is None:
-                    self.residency.load_if_clear(model)
-                elif not self.memory.clear(model.name):
-                    self.residency.not_loaded(model)
-                    self._fail_model(model, as_error(event.error, DriverError))
-
     def _unwritten(self, journal: ev.Journal, error: Error) -> None:
         """Records may be lost: who depends on them is told so, and ends."""
         for pid in sorted(self.outbox.failed(journal.records, error)):
             if process := self.processes.get(pid):
                 self.table.remove(process)
 
-    def _fail_model(self, model: Model, error: Exception) -> None:
-        """The model cannot be had: tell all who wait for it."""
-        model.failure, model.pinned = error, False
-        for ticket in (*model.load_tickets, *model.unload_tickets):
-            self._reply(ticket, error)
-        model.load_tickets.clear()
-        model.unload_tickets.clear()
-        for process in self.table.of(model):
-            self.table.fail(process, error)
-
     # -- schedule: what is next --------------------------------------------------------------------------------------
 
     def schedule(self) -> None:
         self.table.expire(self._now)
-        for model in list(self.residency.models.values()):
-            self._tidy(model)
+        self.loader.tidy()
         self.pager.demote()
         before = None
         if not self.halting:
-            before = self.faults.serve(self._now, self.processes.values, self._fail_model)
+            before = self.faults.serve(self._now, self.processes.values, self.loader.fail)
         if not self.flights.flying(ev.Run):
             self._run_next(before)
         self.outbox.flush()
-
-    def _tidy(self, model: Model) -> None:
-        """One step of a model that leaves, or whose KV nobody wants any more."""
-        if self.flights.busy(model.name):
-            return
-        leaving = model.leaving or self.halting
-        if leaving and model.slab is not None and len(self.pager.cache):
-            self.pager.forget(model.slab)
-        if model.where is Where.ON_DEVICE and leaving:
-            self.residency.evict(model)
-        elif model.where in AWAY and model.kv_on_device and not self.memory.slabs[model.name].used:
-            if leaving or not model.live:
-                self.residency.release_kv(model)
-        elif model.where in (*AWAY, Where.OPENING) and not model.kv_on_device and not self.flights.concern(model.name):
-            self._at_rest(model)
-        elif model.prefetch and model.where is Where.ON_DISK:
-            self.residency.fetch(model)
-
-    def _at_rest(self, model: Model) -> None:
-        """Nothing of it is on the device, and nothing is in flight for it."""
-        waited_for = bool(model.load_tickets or model.live)
-        if model.failure is not None or self.halting:
-            for ticket in model.unload_tickets:
-                self._reply(ticket)
-            model.unload_tickets.clear()
-        if self.halting:
-            for ticket in model.load_tickets:
-                self._reply(ticket, Closed("the kernel was closed"))
-            self.residency.forget(model)
-        elif model.failure is not None and not waited_for:
-            self.residency.forget(model)
-        elif model.failure is not None:  # they came after it had failed: try again, for them
-            model.failure = None
-            self.residency.look_again(model)
-        elif model.unload_tickets:
-            self.residency.rest(model)
-            if waited_for:  # they came on its way out
-                self.residency.look_again(model)
-        elif model.prefetch:
-            self.residency.fetch(model)
-        elif not waited_for:
-            self.residency.rest(model)
 
     def _run_next(self, before: Order | None) -> None:
         """Start a batch of the model whose turn it is, if any has one."""

@@ -1,7 +1,9 @@
 """The process table: how processes come, change and end, and what their streams are told. Knows no weights, no frames.
 
-submit ──> NEW ──encode──> READY ──> … ──> ended, told once, pages back as soon as nothing in flight names them
-fork, restore ─────────────^
+    submit ──> NEW ──encode──> READY ──> … ──> ended, told once, pages back as soon as nothing in flight names them
+    fork, restore ───────────────^
+
+How those begin that continue another one is in `forks.py`, and those of an earlier life in `sessions.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from llm_os.kernel.deadlines import Deadlines
 from llm_os.kernel.driver import Batch, Row, RowError, Sampled
 from llm_os.kernel.errors import Closed, DriverError, Error, ModelError, Refused, RequestError, as_error
 from llm_os.kernel.flights import Flights
+from llm_os.kernel.forks import Forks
 from llm_os.kernel.journal import Began, Blocked, Done, Given, Record, Took
 from llm_os.kernel.outbox import Outbox
 from llm_os.kernel.page_table import PageTable
@@ -21,6 +24,7 @@ from llm_os.kernel.process import Process, ProcessInfo, State
 from llm_os.kernel.request import Chunk, FinishReason
 from llm_os.kernel.residency import Model, Residency, Where
 from llm_os.kernel.scheduler import Scheduler
+from llm_os.kernel.sessions import Sessions
 
 
 class Processes:
@@ -39,6 +43,8 @@ class Processes:
         self.live: dict[int, Process] = {}  # in order of arrival
         self.zombies: dict[int, Process] = {}
         self.halting = False
+        self.forks = Forks(self, flights, outbox)
+        self.sessions = Sessions(self, flights, outbox)
         self._queue_limit = config.queue_limit
         self._queue_s = config.queue_s
         self._flights = flights
@@ -49,8 +55,6 @@ class Processes:
         self._accounting = accounting
         self._last_pid = 0
         self._deadlines = Deadlines()
-        self._restoring: dict[int, ev.Restore] = {}
-        self._early: dict[int, list[ev.Block | ev.Unblock]] = {}  # until those that are restored are there
         self._last_end: float | None = None
         self._between_ends = 1.0  # seconds, moving average: what a refused caller is told to wait
 
@@ -64,44 +68,20 @@ class Processes:
     # -- beginnings --------------------------------------------------------------------------------------------------
 
     def submit(self, event: ev.Submit) -> None:
-        if not self._is_new(event.pid):
+        if not self.is_new(event.pid):
             return
         request = event.request
         seed = event.seed if request.sampling.seed is None else request.sampling.seed
         process = Process(event.pid, request, seed, self._flights.now, nice=request.nice)
-        if self._enter(process):
-            self._begin(process)
+        if self.enter(process):
+            self.begin(process)
 
-    def fork(self, event: ev.Fork) -> None:
-        if not self._is_new(event.pid):
-            return
-        parent = self.live.get(event.parent)
-        if parent is None or (parent.table is None and not event.from_prompt):
-            missing = f"process {event.parent} has ended or has not started; only a running process can fork"
-            self._flights.emit(ev.Deliver(event.pid, error=RequestError(missing)))
-            return
-        child = Process(event.pid, parent.request, event.seed, self._flights.now, parent.pid, parent.nice)
-        child.from_prompt = event.from_prompt
-        if self._enter(child):
-            parent.forks.append(child)
-            self._branch(parent)
-
-    def restore(self, event: ev.Restore) -> None:
-        began = event.session.began
-        process = Process(
-            event.pid, began.request, began.seed, self._flights.now, nice=began.request.nice, restored=True
-        )
-        new = self._is_new(event.pid) or event.pid not in self.live  # they come at boot, in any order
-        if new and self._enter(process):
-            self._restoring[event.pid] = event
-            self._begin(process)
-
-    def _is_new(self, pid: int) -> bool:
+    def is_new(self, pid: int) -> bool:
         """Pids only grow: no other has been used."""
         new, self._last_pid = pid > self._last_pid, max(self._last_pid, pid)
         return new
 
-    def _enter(self, process: Process) -> bool:
+    def enter(self, process: Process) -> bool:
         """Into the table, if there is room for it."""
         try:
             if self.halting:
@@ -125,7 +105,7 @@ class Processes:
                 self._deadlines.add(process.submitted + limit, process.pid)
         return True
 
-    def _begin(self, process: Process) -> None:
+    def begin(self, process: Process) -> None:
         model = self._residency.models[process.request.model]
         if model.where is not Where.OPENING and not model.leaving:
             self._encode(process, model)
@@ -139,11 +119,7 @@ class Processes:
     def _encode(self, process: Process, model: Model) -> None:
         assert model.image is not None
         process.image = model.image
-        restored = self._restoring.pop(process.pid, None)
-        if restored is not None:
-            self._continue(process, restored)
-            self._catch_up(process.pid)
-        else:
+        if not self.sessions.begin(process):
             self._flights.start(ev.Encode(self._flights.next_id(), model.image, process.request), (process,))
 
     def encoded(self, process: Process, event: ev.Completed) -> None:
@@ -158,14 +134,14 @@ class Processes:
             return
         try:
             process.admit(tokens)
-            self._reserve(process)
+            self.reserve(process)
         except Exception as failure:  # the image is a plugin's code
             self.fail(process, as_error(failure, RequestError))
             return
         self._outbox.note(Began(process.pid, process.request, process.seed, tuple(process.tokens)))
-        self._ready(process)
+        self.ready(process)
 
-    def _reserve(self, process: Process) -> None:
+    def reserve(self, process: Process) -> None:
         """Set aside what it may use. Raises Refused for what could never be had, or not now."""
         model = self._residency.models[process.request.model]
         assert model.slab is not None and process.reservation is not None
@@ -178,7 +154,7 @@ class Processes:
         if most is not None:
             process.max_tokens = min(process.max_tokens, said + most)
 
-    def _extend(self, process: Process, given: int, ahead: int = 0) -> None:
+    def extend(self, process: Process, given: int, ahead: int = 0) -> None:
         """Set aside what it may use beyond its request: `given` tokens, of which `ahead` are not in its context yet.
         Raises Refused."""
         slab = self._residency.models[process.request.model].slab
@@ -186,7 +162,7 @@ class Processes:
         total = len(process.tokens) + ahead + process.max_tokens - len(process.generated)
         self._accounting.extend(process.reservation, given, total, slab.page_tokens)
 
-    def _ready(self, process: Process) -> None:
+    def ready(self, process: Process) -> None:
         """It has tokens: from now on it waits for its turn."""
         model = self._residency.models[process.request.model]
         assert model.slab is not None
@@ -197,76 +173,8 @@ class Processes:
             process.faulted = self._flights.now
         self._residency.touch(model)
         self._scheduler.enqueue(process, self._flights.now)
-        self._branch(process)
-        self._stop(process)
-
-    def _continue(self, process: Process, event: ev.Restore) -> None:
-        """A process of an earlier life: take again what it took."""
-        session = event.session
-        took = [record for record in session.since if not isinstance(record, Blocked)]
-        try:
-            process.admit(list(session.began.prompt))
-            self._reserve(process)
-            chunk = process.replay(took, self._flights.now)
-            if given := sum(count for _, count in process.given):
-                self._extend(process, given)
-        except Exception as error:  # the model file may be another one now, or memory smaller: another life may do it
-            self.fail(process, as_error(error, RequestError), keep=True)
-            return
-        if chunk is not None and chunk.finish_reason is not None:
-            self.end(process, chunk.finish_reason, chunk, restored=True)
-            return
-        if chunk is not None:
-            self._outbox.say(ev.Deliver(process.pid, chunk))
-        self._ready(process)
-        stopped = process.state is State.BLOCKED  # it was asked to, while its model was being opened
-        if not stopped and session.since and isinstance(session.since[-1], Blocked):
-            self._block(process)
-
-    # -- forks -------------------------------------------------------------------------------------------------------
-
-    def _branch(self, parent: Process) -> None:
-        """Let children begin that waited for this process to stand still, or for its prompt to be computed."""
-        if not parent.forks or parent.flights or parent.state is State.NEW:
-            return
-        children, parent.forks = parent.forks, []
-        for child in children:
-            if child.state is State.ENDED:
-                continue
-            over = parent.state is State.ENDED
-            if child.from_prompt and not over and parent.computed < parent.prompt_tokens:
-                parent.forks.append(child)
-            elif parent.image is None or not parent.tokens or (over and not child.from_prompt):
-                self.fail(child, RequestError(f"process {parent.pid} ended before it could be forked"))
-            else:
-                self._share(parent, child)
-
-    def _share(self, parent: Process, child: Process) -> None:
-        """The child begins with what the parent has."""
-        child.image = parent.image
-        history: list[Took | Given] = []
-        try:
-            child.admit(parent.tokens[: parent.prompt_tokens])
-            if not child.from_prompt:
-                history = parent.history()
-                child.replay(history, self._flights.now)
-            self._reserve(child)
-        except Exception as error:  # no quota, or a plugin's code
-            self.fail(child, as_error(error, RequestError))
-            return
-        self._outbox.note(Began(child.pid, child.request, child.seed, tuple(child.tokens[: child.prompt_tokens])))
-        for record in history:
-            renamed = Took(child.pid, record.tokens, record.logprobs) if isinstance(record, Took) else record
-            self._outbox.note(renamed if isinstance(renamed, Took) else Given(child.pid, renamed.tokens))
-        if parent.table is not None and parent.state is not State.ENDED:
-            table = child.table = PageTable(parent.table.slab)
-            child.computed = min(parent.computed, len(child.tokens) - 1)
-            for page in parent.table.pages[: table.slab.pages_for(child.computed)]:
-                table.add(page)
-            table.keys = parent.table.keys[: child.computed // table.slab.page_tokens]
-            child.charged = child.paid = child.computed
-            child.cached = min(child.computed, child.prompt_tokens)
-        self._ready(child)
+        self.forks.begin(process)
+        self._stop_if_asked(process)
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
@@ -284,17 +192,8 @@ class Processes:
             self._scheduler.renice(process, event.nice)
         self._reply(event.ticket, None if process else RequestError(f"there is no process {event.pid}"))
 
-    def _catch_up(self, pid: int) -> None:
-        """Do what was asked of a restored process before it was there."""
-        for early in self._early.pop(pid, ()):
-            if isinstance(early, ev.Block):
-                self.block(early)
-            else:
-                self.unblock(early)
-
     def block(self, event: ev.Block) -> None:
-        if event.pid in self._early:  # in the order in which they came
-            self._early[event.pid].append(event)
+        if self.sessions.defer(event):
             return
         process = self.live.get(event.pid)
         if process is None:
@@ -304,23 +203,22 @@ class Processes:
         else:
             process.blocking = event.ticket
             process.resumes = None if event.expected_s is None else self._flights.now + event.expected_s
-            self._stop(process)
+            self._stop_if_asked(process)
 
-    def _stop(self, process: Process) -> None:
+    def _stop_if_asked(self, process: Process) -> None:
         """Block it, if that was asked for and no batch is computing its next token."""
         if process.blocking is not None and process.state is State.READY:
             ticket, process.blocking = process.blocking, None
-            self._block(process)
+            self.stop(process)
             self._outbox.say(ev.Reply(ticket), Blocked(process.pid))
 
-    def _block(self, process: Process) -> None:
+    def stop(self, process: Process) -> None:
         process.state = State.BLOCKED
         self._scheduler.withdraw(process)
         self._residency.models[process.request.model].blocked += 1
 
     def unblock(self, event: ev.Unblock) -> None:
-        if event.pid in self._restoring:
-            self._early.setdefault(event.pid, []).append(event)
+        if self.sessions.defer(event):
             return
         process = self.live.get(event.pid)
         try:
@@ -329,7 +227,7 @@ class Processes:
             if process.state is not State.BLOCKED:
                 raise RequestError(f"process {event.pid} is not blocked")
             process.check_gift(event.tokens)
-            self._extend(process, len(event.tokens), ahead=len(event.tokens))
+            self.extend(process, len(event.tokens), ahead=len(event.tokens))
         except Error as error:
             self._reply(event.ticket, error)
             return
@@ -405,6 +303,14 @@ class Processes:
         else:
             self._outbox.say(action)
 
+    def copied(self, processes: tuple[Process, ...], event: ev.Completed) -> None:
+        """The page that they are to write on is there, or not."""
+        if event.error is not None:
+            for process in processes:
+                self._pager.uncopied(process)
+                if process.state is not State.ENDED:
+                    self.fail(process, as_error(event.error, DriverError))
+
     def landed(self, process: Process) -> None:
         """An operation that named it has landed."""
         if process.flights:
@@ -412,10 +318,10 @@ class Processes:
         if process.state is State.ENDED:
             if self.zombies.pop(process.pid, None) is not None:
                 self._pager.release(process)
-                self._branch(process)
+                self.forks.begin(process)
             return
-        self._branch(process)
-        self._stop(process)
+        self.forks.begin(process)
+        self._stop_if_asked(process)
         self._scheduler.note_pages(process)
 
     # -- ends --------------------------------------------------------------------------------------------------------
@@ -448,8 +354,7 @@ class Processes:
     def remove(self, process: Process) -> None:
         """Out of the table; its pages follow when nothing in flight names them."""
         del self.live[process.pid]
-        self._restoring.pop(process.pid, None)
-        self._catch_up(process.pid)
+        self.sessions.gone(process.pid)
         model = self._residency.models[process.request.model]
         model.live -= 1
         model.blocked -= process.state is State.BLOCKED
@@ -467,7 +372,7 @@ class Processes:
             self.zombies[process.pid] = process
         else:
             self._pager.release(process)
-            self._branch(process)
+            self.forks.begin(process)
 
     def _reply(self, ticket: int, error: Exception | None = None) -> None:
         self._flights.emit(ev.Reply(ticket, error))

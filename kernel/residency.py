@@ -7,7 +7,7 @@
                 IN_HOST (near: a load will be quick)
 
 A request for a model that is not on the device is a *model fault*: room is made, the weights are loaded, while whoever
-needs them waits and other models run. `Residency.reconcile` looks at each turn what is wanted and does the next step
+needs them waits and other models run. `Faults.serve` looks at each turn what is wanted and does the next step
 towards it, so there is no plan that could be out of date.
 
 Room is made by evicting cached KV; then idle models, in the order of GreedyDual-Size (Cao and Irani, USITS 1997:
