@@ -3,6 +3,6 @@
 from llm_os.drivers.persistence.cipher import AesGcm, Cipher
 from llm_os.drivers.persistence.files import File, Files, LocalFiles
 from llm_os.drivers.persistence.log import FileLog
-from llm_os.drivers.persistence.swap import SwapStore
+from llm_os.drivers.persistence.swap import SlotStore
 
-__all__ = ["AesGcm", "Cipher", "File", "FileLog", "Files", "LocalFiles", "SwapStore"]
+__all__ = ["AesGcm", "Cipher", "File", "FileLog", "Files", "LocalFiles", "SlotStore"]

@@ -9,7 +9,7 @@ from llm_os.kernel.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from llm_os.drivers.persistence.log import FileLog
-    from llm_os.drivers.persistence.swap import SwapStore
+    from llm_os.drivers.persistence.swap import SlotStore
     from llm_os.kernel.config import Config
 
 
@@ -21,16 +21,16 @@ def open_log(folder: Path) -> FileLog:
 
 
 @hookimpl
-def open_swap(config: Config) -> SwapStore:
+def open_swap(config: Config) -> SlotStore:
     """On disk in the state directory, or where the system keeps temporary files."""
     import tempfile
 
     from llm_os.drivers.persistence.cipher import AesGcm
-    from llm_os.drivers.persistence.swap import SwapStore
+    from llm_os.drivers.persistence.swap import SlotStore
     from llm_os.kernel.config import parse_bytes
 
     cipher = AesGcm() if config.swap_sealed else None
     if config.state is not None or not parse_bytes("swap_disk", config.swap_disk):
-        return SwapStore(config.state, cipher)
+        return SlotStore(config.state, cipher)
     with tempfile.TemporaryDirectory(prefix="llm-os-", ignore_cleanup_errors=True) as folder:
-        return SwapStore(Path(folder), cipher)  # the file has no name any more when the folder goes
+        return SlotStore(Path(folder), cipher)  # the file has no name any more when the folder goes

@@ -36,7 +36,7 @@ class _Slot(NamedTuple):
     place: bytes | _Cell
 
 
-class SwapStore:
+class SlotStore:
     """Slots in host memory, and on disk if there is a folder. May be called from several threads.
 
     Raises StoreError if the file cannot be made. On disk contents are sealed by `cipher`, if there is one.

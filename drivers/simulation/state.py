@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from llm_os.drivers.persistence import FileLog, SwapStore
+from llm_os.drivers.persistence import FileLog, SlotStore
 from llm_os.drivers.simulation.chooser import Chooser
 from llm_os.drivers.simulation.device import Device
 from llm_os.drivers.simulation.disk import PowerOff, SimFile, SimFiles
@@ -24,7 +24,7 @@ from llm_os.kernel.journal import Session
 _ATTEMPTS = 50  # at opening on a disk that fails
 
 
-class FlippingStore(SwapStore):
+class FlippingStore(SlotStore):
     """A swap store whose contents can be damaged."""
 
     def flip(self, slot: int, bit: int) -> None:

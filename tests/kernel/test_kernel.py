@@ -365,13 +365,13 @@ def test_the_one_liner_answers_and_cleans_up() -> None:
 
 
 def test_closing_ends_also_when_the_swap_store_cannot_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm_os.drivers.persistence.swap import SwapStore
+    from llm_os.drivers.persistence.swap import SlotStore
 
-    def broken(self: SwapStore) -> None:
+    def broken(self: SlotStore) -> None:
         raise OSError("a disk that has gone")
 
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    monkeypatch.setattr(SwapStore, "close", broken)
+    monkeypatch.setattr(SlotStore, "close", broken)
 
     async def main() -> None:
         async with llm_os.Kernel(llm_os.Config(driver="sim", memory="64MiB", swap_host="1MiB")) as kernel:

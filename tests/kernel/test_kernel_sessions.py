@@ -13,7 +13,7 @@ import anyio.from_thread
 import pytest
 
 import llm_os
-from llm_os.drivers.persistence import SwapStore
+from llm_os.drivers.persistence import SlotStore
 from llm_os.drivers.sim import SimDriver
 from llm_os.kernel.driver import Batch
 
@@ -136,13 +136,13 @@ def test_cached_tokens_are_those_that_were_not_computed_again(
     gate: Gate, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     """Also where pages of the cache were swapped, and came back damaged."""
-    get = SwapStore.get
+    get = SlotStore.get
     with llm_os.Kernel(config(memory="5632KiB", swap_host="4MiB")) as kernel:
         kernel.stream(ask(PROMPT[:40], max_tokens=1)).result()
         anyio.run(kernel.load, "sim:b?layers=5")
         assert kernel.memory().host > 0
         if damaged:
-            monkeypatch.setattr(SwapStore, "get", lambda store, slot: get(store, slot) and None)
+            monkeypatch.setattr(SlotStore, "get", lambda store, slot: get(store, slot) and None)
         gate.fed = 0
         answer = kernel.stream(ask(PROMPT[:60])).result()
         assert gate.fed == 60 - answer.usage.cached_tokens + 19

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llm_os.drivers.persistence import AesGcm, SwapStore
+from llm_os.drivers.persistence import AesGcm, SlotStore
 from llm_os.kernel.errors import ConfigError, StoreError
 from llm_os.kernel.events import Tier
 
@@ -27,7 +27,7 @@ def page(number: int, size: int = 5000) -> bytes:
 
 @CIPHERS
 def test_pages_come_back_from_either_tier_until_they_are_discarded(tmp_path: Path, cipher: Callable[[], Any]) -> None:
-    store = SwapStore(tmp_path / "state", cipher())
+    store = SlotStore(tmp_path / "state", cipher())
     store.put([1, 2], [page(1), page(2, 1)], "host")
     store.put([3, 4], [page(3), b""], "disk")
     store.demote([1, 3])
@@ -45,7 +45,7 @@ def test_pages_come_back_from_either_tier_until_they_are_discarded(tmp_path: Pat
 
 
 def test_without_a_folder_there_is_host_memory_only() -> None:
-    store = SwapStore(None)
+    store = SlotStore(None)
     store.put([1], [page(1)], "host")
     with pytest.raises(StoreError, match="there is no swap on disk; set the directory for state"):
         store.put([2], [page(2)], "disk")
@@ -55,7 +55,7 @@ def test_without_a_folder_there_is_host_memory_only() -> None:
 
 
 def test_a_slot_is_not_given_twice_and_one_that_is_not_there_is_not_demoted(tmp_path: Path) -> None:
-    store = SwapStore(tmp_path)
+    store = SlotStore(tmp_path)
     store.put([1], [page(1)], "host")
     with pytest.raises(StoreError, match="swap slot 1 is in use already"):
         store.put([2, 1], [page(2), page(3)], "disk")
@@ -69,7 +69,7 @@ def test_a_slot_is_not_given_twice_and_one_that_is_not_there_is_not_demoted(tmp_
 @pytest.mark.skipif(sys.platform == "win32", reason="open files keep their names there")
 def test_the_file_has_no_name_so_that_nothing_is_left_by_kill_9(tmp_path: Path) -> None:
     (tmp_path / "swap").write_text("of a system where it had one")
-    store = SwapStore(tmp_path)
+    store = SlotStore(tmp_path)
     store.put([1], [page(1)], "disk")
     assert list(tmp_path.iterdir()) == []
     store.close()
@@ -77,7 +77,7 @@ def test_the_file_has_no_name_so_that_nothing_is_left_by_kill_9(tmp_path: Path) 
 
 def test_a_system_that_keeps_the_names_of_open_files_is_cleaned_up_at_close(disk: Any) -> None:
     faulty = disk({2: "EIO"})  # make_folder, create, remove
-    store = SwapStore(FOLDER, files=faulty)
+    store = SlotStore(FOLDER, files=faulty)
     store.put([1], [page(1)], "disk")
     assert list(faulty.names) == [FOLDER / "swap"] and store.get(1) == page(1)
     store.close()
@@ -103,7 +103,7 @@ class Platter:
 @pytest.mark.parametrize("where", [0, 2500, 4999])
 def test_contents_that_changed_on_the_disk_are_never_served(disk: Any, where: int, cipher: Callable[[], Any]) -> None:
     platter = Platter(disk())
-    store = SwapStore(FOLDER, cipher(), platter)
+    store = SlotStore(FOLDER, cipher(), platter)
     store.put([1, 2], [page(1), page(2)], "disk")
     platter.data[where] ^= 1
     assert (store.get(1), store.get(2)) == (None, page(2))
@@ -116,7 +116,7 @@ def test_contents_that_changed_on_the_disk_are_never_served(disk: Any, where: in
 @CIPHERS
 def test_a_page_of_another_slot_is_never_served_even_if_it_is_whole(disk: Any, cipher: Callable[[], Any]) -> None:
     platter = Platter(disk())
-    store = SwapStore(FOLDER, cipher(), platter)
+    store = SlotStore(FOLDER, cipher(), platter)
     store.put([1, 2, 3], [page(1), page(2), page(3)], "disk")
     first, second = platter.data[:8192], platter.data[8192:16384]
     platter.data[:16384] = second + first
@@ -124,7 +124,7 @@ def test_a_page_of_another_slot_is_never_served_even_if_it_is_whole(disk: Any, c
 
 
 def test_contents_that_changed_in_host_memory_are_never_served() -> None:
-    store, memory = SwapStore(None), bytearray(page(1))
+    store, memory = SlotStore(None), bytearray(page(1))
     store.put([1], [memory], "host")  # type: ignore[list-item]
     assert store.get(1) == page(1)
     memory[100] ^= 4
@@ -147,7 +147,7 @@ def test_whatever_operation_fails_pages_are_whole_or_refused_and_no_cell_is_lost
     for number in range(1000):
         faulty = disk({number: kind})
         try:
-            store = SwapStore(FOLDER, cipher(), faulty)
+            store = SlotStore(FOLDER, cipher(), faulty)
         except StoreError:
             assert faulty.hit
             continue
@@ -182,7 +182,7 @@ def test_whatever_operation_fails_pages_are_whole_or_refused_and_no_cell_is_lost
 
 def test_the_file_shrinks_when_most_of_it_is_free(disk: Any) -> None:
     platter = Platter(disk())
-    store = SwapStore(FOLDER, files=platter)
+    store = SlotStore(FOLDER, files=platter)
     store.put(list(range(64)), [page(n) for n in range(64)], "disk")
     store.discard(list(range(10, 64)))
     assert len(platter.data) == 10 * 8192
@@ -191,7 +191,7 @@ def test_the_file_shrinks_when_most_of_it_is_free(disk: Any) -> None:
 
 def test_another_models_pages_fit_where_the_first_ones_were(disk: Any) -> None:
     platter = Platter(disk())
-    store = SwapStore(FOLDER, files=platter)
+    store = SlotStore(FOLDER, files=platter)
     for round_, size in enumerate((4096, 40960, 8192, 4096)):
         slots = list(range(1000 * round_, 1000 * round_ + 409600 // size))
         store.put(slots, [page(slot, size) for slot in slots], "disk")
@@ -202,7 +202,7 @@ def test_another_models_pages_fit_where_the_first_ones_were(disk: Any) -> None:
 
 @CIPHERS
 def test_two_threads_and_more_use_the_store_at_once(tmp_path: Path, cipher: Callable[[], Any]) -> None:
-    store, barrier = SwapStore(tmp_path, cipher()), threading.Barrier(4)
+    store, barrier = SlotStore(tmp_path, cipher()), threading.Barrier(4)
     tiers: tuple[Tier, ...] = ("host", "disk")
 
     def work(thread: int) -> int:
@@ -231,7 +231,7 @@ def test_two_threads_and_more_use_the_store_at_once(tmp_path: Path, cipher: Call
 
 def test_a_slot_that_is_discarded_while_it_is_demoted_leaves_no_cell(disk: Any) -> None:
     faulty = disk()
-    store = SwapStore(FOLDER, files=faulty)
+    store = SlotStore(FOLDER, files=faulty)
     store.put([1], [page(1)], "host")
     settle = faulty.settle
 
@@ -248,7 +248,7 @@ def test_a_slot_that_is_discarded_while_it_is_demoted_leaves_no_cell(disk: Any) 
 def test_nothing_readable_lies_on_the_disk_of_a_sealed_store(disk: Any) -> None:
     for cipher, readable in ((None, True), (AesGcm(), False)):
         platter = Platter(disk())
-        store = SwapStore(FOLDER, cipher, platter)
+        store = SlotStore(FOLDER, cipher, platter)
         store.put([1, 2], [b"my secret" * 100, b"my secret" * 100], "disk")
         assert (b"secret" in platter.data) == readable
         assert store.get(2) == b"my secret" * 100
