@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from llm_os.drivers.simulation.host import TamperedImage
+from llm_os.drivers.simulation.pins import Pins
 from llm_os.drivers.simulation.plan import Plan
 from llm_os.drivers.simulation.story import Story
 from llm_os.drivers.simulation.violation import insist
@@ -36,9 +37,7 @@ class Judge:
         self._lost = False
         self._failing: set[str] = set()  # models whose operation failed in this step
         self._tickets: set[int] = set()  # that wait for a reply
-        self._pinned: set[str] = set()
-        self._pins: dict[int, str] = {}  # tickets of Pin
-        self._unloads: dict[int, str] = {}  # tickets of UnloadModel
+        self.pins = Pins()
         self._durable: Counter[int] = Counter()  # tokens of answers that are in the journal
         self._charges: list[tuple[Story, int]] = []  # of this step
         self._charged: Counter[int] = Counter()  # tokens of processes, computed or generated
@@ -57,14 +56,7 @@ class Judge:
                 story = self.story(event.pid)
                 if story.request.model in self._failing | self._tampered:
                     story.excused = story.excused or "its model failed as it came"
-            match event:
-                case ev.Pin(_, model, True) if model not in self._unloads.values():
-                    self._pins[event.ticket] = model
-                case ev.Pin(_, model, False):
-                    self._unpin(model)
-                case ev.UnloadModel(_, model):
-                    self._unpin(model)
-                    self._unloads[event.ticket] = model
+            self.pins.asked(event)
         self._tickets.update(ticket for event in events if (ticket := getattr(event, "ticket", None)) is not None)
 
     # -- the device ----------------------------------------------------------------------------------------------------
@@ -115,16 +107,9 @@ class Judge:
             case _:
                 struck = []
         self._failing.add(getattr(operation, "model", ""))
+        self.pins.failed(operation, ready)
         for story in struck:
             story.excused = story.excused or why
-
-    def unload(self, operation: ev.Unload) -> None:
-        """A model has to go. Nobody who pinned it was told that it would stay."""
-        insist(operation.model not in self._pinned, "pin", f"{operation.model} is unloaded")
-
-    def _unpin(self, model: str) -> None:
-        self._pinned.discard(model)
-        self._pins = {ticket: name for ticket, name in self._pins.items() if name != model}
 
     def encoded(self, operation: ev.Encode, now: float) -> None:
         for story in self._workload.live.values():
@@ -141,6 +126,7 @@ class Judge:
     def opened(self, model: str, image: object) -> None:
         if isinstance(image, TamperedImage):
             self._tampered.add(model)
+            self.pins.failed(ev.Open(0, model), ())
             for story in self._workload.live.values():
                 if story.request.model == model:
                     story.excused = story.excused or "plugin_type"
@@ -179,9 +165,7 @@ class Judge:
     def reply(self, item: ev.Reply) -> None:
         insist(item.ticket in self._tickets, "reply", f"ticket {item.ticket} is answered twice")
         self._tickets.remove(item.ticket)
-        self._unloads.pop(item.ticket, None)
-        if (model := self._pins.pop(item.ticket, None)) is not None and item.error is None:
-            self._pinned.add(model)
+        self.pins.replied(item)
         if (story := self._workload.blocks.pop(item.ticket, None)) is not None and item.error is None:
             story.blocked = True
         if (story := self._workload.gifts.pop(item.ticket, None)) is not None and story.gift is not None:
@@ -199,6 +183,7 @@ class Judge:
     def _blame(self, story: Story, error: Exception) -> None:
         insist(isinstance(error, Error) and "\n" not in str(error), "error", repr(error))
         model = story.request.model
+        self.pins.refused(model, error)
         if isinstance(error, Refused | Closed) or story.excused or self._lost:
             return
         if model in self._failing:
@@ -269,9 +254,7 @@ class Judge:
         self._lost = False
         self._tampered.clear()
         self._tickets.clear()
-        self._pinned.clear()
-        self._pins.clear()
-        self._unloads.clear()
+        self.pins = Pins()
         self._durable.clear()
         self._charges.clear()
         self._charged.clear()

@@ -203,7 +203,9 @@ class Workload:
     # -- models --------------------------------------------------------------------------------------------------------
 
     def _load(self, now: float) -> list[ev.Event]:
-        return [ev.LoadModel(self.next_id(), self._chooser.pick(self._plan.models), self._chooser.below(3) == 2)]
+        below = self._chooser.below
+        model = self._chooser.pick(self._plan.models)
+        return [ev.LoadModel(self.next_id(), model, prefetch=below(3) == 2, pin=below(8) == 7)]
 
     def _unload(self, now: float) -> list[ev.Event]:
         return [ev.UnloadModel(self.next_id(), self._chooser.pick((*self._plan.models, _UNKNOWN)))]

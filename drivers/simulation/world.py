@@ -168,7 +168,7 @@ class World:
             waiting = {pid for pid, process in processes if process.state == "ready" and not process.active}
             self.judge.run(operation, self.now, waiting)
         elif isinstance(operation, ev.Unload):
-            self.judge.unload(operation)
+            self.judge.pins.unload(operation)
         elif isinstance(operation, ev.SwapOut):
             self.state.expect(operation.slots, operation.pages)
         place, slowest = _PLACES[type(operation)]
