@@ -21,7 +21,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from llm_os.drivers.torch.pool import KvPool, PageTable
+from llm_os.drivers.torch.pool import KvPool, Layout
 from llm_os.drivers.torch.rows import elementwise
 
 BLOCK = 128
@@ -37,7 +37,7 @@ class Stretch(Struct, frozen=True):
     row: int
     length: int
     position: int
-    table: PageTable
+    layout: Layout
 
     @property
     def end(self) -> int:
@@ -66,7 +66,7 @@ class Plan:
 
     def __init__(self, stretches: list[Stretch], window: int | None, device: torch.device) -> None:
         self.tiles: list[_Tile] = []
-        self.spans: list[tuple[PageTable, int, int, list[_Work]]] = []  # keys start .. stop, and who reads them
+        self.spans: list[tuple[Layout, int, int, list[_Work]]] = []  # keys start .. stop, and who reads them
         for stretch in stretches:
             first = len(self.tiles)
             for offset in range(0, stretch.length, TILE):
@@ -80,7 +80,7 @@ class Plan:
                 ]
                 if works:
                     low, high = min(work.start for work in works), max(work.stop for work in works)
-                    self.spans.append((stretch.table, low, min(high, stretch.end), works))
+                    self.spans.append((stretch.layout, low, min(high, stretch.end), works))
 
 
 def _work(index: int, tile: _Tile, span: int, window: int | None, device: torch.device) -> _Work | None:
@@ -113,8 +113,8 @@ def attend(plan: Plan, pool: KvPool, layer: int, queries: Tensor, scale: float) 
     output = queries.new_empty(rows, kv_heads, group, dim)
     states: dict[int, _State] = {}
     scratch = queries.new_empty(2 * kv_heads * SPAN * dim)
-    for table, low, high, works in plan.spans:
-        keys, values = _gather(kv, table, low, high, scratch)
+    for layout, low, high, works in plan.spans:
+        keys, values = _gather(kv, layout, low, high, scratch)
         for work in works:
             tile = plan.tiles[work.tile]
             state = states.get(work.tile)
@@ -130,14 +130,14 @@ def attend(plan: Plan, pool: KvPool, layer: int, queries: Tensor, scale: float) 
     return output.view(rows, heads * dim)
 
 
-def _gather(kv: Tensor, table: PageTable, start: int, stop: int, scratch: Tensor) -> Tensor:
+def _gather(kv: Tensor, layout: Layout, start: int, stop: int, scratch: Tensor) -> Tensor:
     """Keys and values of tokens `start .. stop` as [2, kv_heads, blocks, BLOCK, dim], zeros after `stop`."""
     _, _, kv_heads, _, dim = kv.shape
     room = -(-(stop - start) // BLOCK) * BLOCK
     gathered = scratch[: 2 * kv_heads * room * dim].view(2, kv_heads, room, dim)
-    for run in table.runs(start, stop):
-        place = run.start - start
-        gathered[:, :, place : place + run.length] = kv[run.frame, :, :, run.offset : run.offset + run.length]
+    for piece in layout.pieces(start, stop):
+        place = piece.start - start
+        gathered[:, :, place : place + piece.length] = kv[piece.frame, :, :, piece.offset : piece.offset + piece.length]
     gathered[:, :, stop - start :] = 0
     return gathered.view(2, kv_heads, room // BLOCK, BLOCK, dim)
 

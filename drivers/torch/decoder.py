@@ -95,7 +95,7 @@ class Decoder:
         """
         device = self._format.device
         positions = [stretch.position + i for stretch in stretches for i in range(stretch.length)]
-        pairs = [pair for stretch in stretches for pair in stretch.table.places(stretch.position, stretch.end)]
+        pairs = [pair for stretch in stretches for pair in stretch.layout.places(stretch.position, stretch.end)]
         frames, offsets = torch.tensor(pairs, device=device).unbind(1)
         where = torch.tensor(positions, device=device)
         rotations: dict[Rope, Rotation] = {}

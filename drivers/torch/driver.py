@@ -30,7 +30,7 @@ from llm_os.drivers.torch.embedding import embedding_bytes
 from llm_os.drivers.torch.footprint import measure
 from llm_os.drivers.torch.linear import choose_format
 from llm_os.drivers.torch.page_cache import warm
-from llm_os.drivers.torch.pool import KvPool, PageTable
+from llm_os.drivers.torch.pool import KvPool, Layout
 from llm_os.drivers.torch.sampler import sample
 from llm_os.kernel.driver import Batch, DeviceInfo, DeviceMemory, Footprint, Move, Placement, Row, Sample, Sequence
 from llm_os.kernel.errors import Closed, DriverError, Unsupported
@@ -203,7 +203,7 @@ class TorchDriver:
     def _run(self, batch: Batch) -> tuple[Row, ...]:
         resident = self._resident(batch.model)
         stretches = _lay_out(batch.sequences, resident)
-        self._arena.claim(batch.model, {run.frame for s in stretches for run in s.table.runs(s.position, s.end)})
+        self._arena.claim(batch.model, {piece.frame for s in stretches for piece in s.layout.pieces(s.position, s.end)})
         tokens = [token for sequence in batch.sequences for token in sequence.tokens]
         hidden = resident.decoder.forward(tokens, stretches, resident.pool)
         wishes: list[Sample] = []
@@ -256,8 +256,8 @@ def _lay_out(sequences: tuple[Sequence, ...], resident: _Resident) -> list[Stret
         if not all(0 <= token < vocab for token in sequence.tokens):
             raise DriverError(f"process {sequence.pid}: a token id is outside the vocabulary of {vocab}")
         _check_pages(pool, sequence.pages)
-        table = PageTable(sequence.pages, pool.page_tokens, pool.slots)
-        stretches.append(Stretch(row, len(sequence.tokens), sequence.position, table))
+        layout = Layout(sequence.pages, pool.page_tokens, pool.slots)
+        stretches.append(Stretch(row, len(sequence.tokens), sequence.position, layout))
         row += len(sequence.tokens)
     return stretches
 

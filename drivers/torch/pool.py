@@ -23,7 +23,7 @@ from llm_os.kernel.errors import DriverError
 Places = tuple[Tensor, Tensor]  # of n tokens: their frames, and their offsets there; [n] each
 
 
-class Run(Struct, frozen=True):
+class Piece(Struct, frozen=True):
     """Tokens `start .. start + length` of a sequence, which lie at `offset .. offset + length` of a frame."""
 
     start: int
@@ -32,32 +32,32 @@ class Run(Struct, frozen=True):
     length: int
 
 
-class PageTable:
-    """Where one sequence's tokens lie: its page numbers, read as runs."""
+class Layout:
+    """Where one sequence's tokens lie: its page numbers, read as pieces, each one slice."""
 
     def __init__(self, pages: tuple[int, ...], page_tokens: int, slots: int) -> None:
         """`slots` is how many pages a frame has."""
-        self._runs: list[Run] = []
+        self._pieces: list[Piece] = []
         for index, page in enumerate(pages):
             frame, slot = divmod(page, slots)
             offset = slot * page_tokens
-            last = self._runs[-1] if self._runs else None
+            last = self._pieces[-1] if self._pieces else None
             if last is not None and last.frame == frame and last.offset + last.length == offset:
-                self._runs[-1] = Run(last.start, frame, last.offset, last.length + page_tokens)
+                self._pieces[-1] = Piece(last.start, frame, last.offset, last.length + page_tokens)
             else:
-                self._runs.append(Run(index * page_tokens, frame, offset, page_tokens))
+                self._pieces.append(Piece(index * page_tokens, frame, offset, page_tokens))
 
     def places(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Frame, and offset in the frame, of each of tokens `start .. stop`."""
-        return [(run.frame, run.offset + i) for run in self.runs(start, stop) for i in range(run.length)]
+        return [(piece.frame, piece.offset + i) for piece in self.pieces(start, stop) for i in range(piece.length)]
 
-    def runs(self, start: int, stop: int) -> list[Run]:
-        """The runs that hold tokens `start .. stop`, cut to them."""
+    def pieces(self, start: int, stop: int) -> list[Piece]:
+        """The pieces that hold tokens `start .. stop`, cut to them."""
         cut = []
-        for run in self._runs:
-            low, high = max(start, run.start), min(stop, run.start + run.length)
+        for piece in self._pieces:
+            low, high = max(start, piece.start), min(stop, piece.start + piece.length)
             if low < high:
-                cut.append(Run(low, run.frame, run.offset + low - run.start, high - low))
+                cut.append(Piece(low, piece.frame, piece.offset + low - piece.start, high - low))
         return cut
 
 

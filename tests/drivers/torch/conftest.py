@@ -19,7 +19,7 @@ from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import Decoder
 from llm_os.drivers.torch.driver import TorchDriver
 from llm_os.drivers.torch.linear import choose_format
-from llm_os.drivers.torch.pool import PageTable
+from llm_os.drivers.torch.pool import Layout
 from llm_os.kernel.config import Config
 
 
@@ -57,8 +57,8 @@ class Bench:
     def feed(self, *sequences: tuple[list[int], int, tuple[int, ...]]) -> list[Tensor]:
         stretches, row = [], 0
         for tokens, position, pages in sequences:
-            table = PageTable(pages, self.pool.page_tokens, self.pool.slots)
-            stretches.append(Stretch(row, len(tokens), position, table))
+            layout = Layout(pages, self.pool.page_tokens, self.pool.slots)
+            stretches.append(Stretch(row, len(tokens), position, layout))
             row += len(tokens)
         with torch.inference_mode():
             hidden = self.decoder.forward([t for tokens, _, _ in sequences for t in tokens], stretches, self.pool)
