@@ -7,7 +7,6 @@ one page · no tenant over its quota · processes and models are in states that 
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from llm_os.kernel import events as ev
@@ -18,6 +17,8 @@ from llm_os.kernel.slab import Page
 if TYPE_CHECKING:
     from llm_os.kernel.core import Core
 
+_ACTIVE = (State.READY, State.RUNNING)
+
 
 def check(core: Core) -> None:
     """Raises AssertionError."""
@@ -26,16 +27,16 @@ def check(core: Core) -> None:
     core.accounting.check()
     core.pager.cache.check()
     flights = list(core.flights)
-    pages = _check_references(core, flights)
-    _check_swap(core, pages, flights)
+    _check_swap(core, _check_references(core, flights), flights)
     for flight in flights:
         if isinstance(flight.operation, ev.Run):
             _check_run(flight)
     for process in core.table.live.values():
-        assert process.state is not State.ENDED
-        assert process.computed < max(1, len(process.tokens)), "nothing is left to feed"
-        assert process.active <= (process.state in (State.READY, State.RUNNING))
-        assert len(process.generated) <= process.max_tokens or not process.tokens
+        state, tokens = process.state, len(process.tokens)
+        assert state is not State.ENDED
+        assert process.computed < (tokens or 1), "nothing is left to feed"
+        assert not process.active or state in _ACTIVE
+        assert not tokens or len(process.generated) <= process.max_tokens
         _check_quota(process)
     for process in core.table.zombies.values():
         assert process.state is State.ENDED and process.flights
@@ -43,36 +44,42 @@ def check(core: Core) -> None:
 
 def _check_quota(process: Process) -> None:
     """It has no more than was reserved for it, where its tenant has a quota."""
-    held = process.reservation
+    held, table = process.reservation, process.table
     assert held is not None
-    assert held.account.limits.max_tokens is None or process.charged <= held.tokens, "more tokens than were reserved"
-    pages = len(process.table.pages) if process.table else 0
-    assert held.account.limits.max_pages is None or pages <= held.pages, "more pages than were reserved"
+    limits = held.account.limits
+    assert limits.max_tokens is None or process.charged <= held.tokens, "more tokens than were reserved"
+    assert limits.max_pages is None or not table or len(table.pages) <= held.pages, "more pages than were reserved"
 
 
-def _check_references(core: Core, flights: list[Flight]) -> list[Page]:
-    """Every page is known, and held as often as somebody maps or names it. Returns them all."""
-    named: list[Page] = []
-    for process in (*core.table.live.values(), *core.table.zombies.values()):
-        table = process.table
-        if table is not None:
-            named += table.pages
-            assert {page.slab for page in table.pages} <= {table.slab}, "a page of another model"
-            assert process.computed <= len(table.pages) * table.slab.page_tokens
-            assert len(table.keys) <= len(table.pages)
+def _check_references(core: Core, flights: list[Flight]) -> dict[int, Page]:
+    """Every page is known, and held as often as somebody maps or names it. Returns those in swap, by their slots."""
+    references = dict.fromkeys(core.pager.cache, 0)
+    count = references.get
+    for processes in (core.table.live, core.table.zombies):
+        for process in processes.values():
+            table = process.table
+            if table is None:
+                continue
+            slab, pages = table.slab, table.pages
+            for page in pages:
+                references[page] = count(page, 0) + 1
+                assert page.slab is slab, "a page of another model"
+            assert process.computed <= len(pages) * slab.page_tokens
+            assert len(table.keys) <= len(pages)
     for flight in flights:
-        named += flight.pages
-    references = Counter(named)
-    for page in core.pager.cache:
-        references.setdefault(page, 0)
-    for page, count in references.items():
-        assert page.references == count, "references of a page disagree"
-        assert page.references or page.cached, "a page that nobody knows"
-        assert page.number is None or page.slab.pages[page.number] is page
+        for page in flight.pages:
+            references[page] = count(page, 0) + 1
+    slots: dict[int, Page] = {}
+    for page, counted in references.items():
+        assert page.references == counted, "references of a page disagree"
+        assert counted or page.cached, "a page that nobody knows"
+        if (number := page.number) is not None:
+            assert page.slab.pages.get(number) is page, "a page is not where it says"
+        if (slot := page.slot) is not None:
+            slots[slot] = page
     for slab in core.memory.slabs.values():
-        for page in slab.pages.values():
-            assert page in references, "a page on the device that nobody knows"
-    return list(references)
+        assert references.keys() >= {*slab.pages.values()}, "a page on the device that nobody knows"
+    return slots
 
 
 def _check_run(flight: Flight) -> None:
@@ -85,8 +92,7 @@ def _check_run(flight: Flight) -> None:
             assert page.references == 1 and not page.cached, "a shared page is being written"
 
 
-def _check_swap(core: Core, pages: list[Page], flights: list[Flight]) -> None:
-    slots = {page.slot: page for page in pages if page.slot is not None}
+def _check_swap(core: Core, slots: dict[int, Page], flights: list[Flight]) -> None:
     demoting = 0
     for flight in flights:
         if isinstance(flight.operation, ev.SwapOut):

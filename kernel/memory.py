@@ -12,7 +12,7 @@ over frames that hold pages, and is whole when they have moved out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from msgspec import Struct
 
@@ -47,6 +47,7 @@ class Memory:
         self.free_frames = self.frames
         self.slabs: dict[str, Slab] = {}
         self._extents: dict[str, tuple[Extent, ...]] = {}
+        self._counted: tuple[dict[str, tuple[Extent, ...]], Set[int]] = {}, frozenset()  # extents, and their frames
         self._clearing: dict[int, str] = {}  # frames of an extent that still hold pages, which are moving out
 
     def frames_for(self, size: int) -> int:
@@ -195,18 +196,27 @@ class Memory:
     def check(self) -> None:
         """Recounts everything. Raises AssertionError."""
         assert self._state.count(_FREE) == self.free_frames, "free frames are miscounted"
-        extents = [extent for owned in self._extents.values() for extent in owned]
-        frames = {f for extent in extents for f in range(extent.frame, extent.frame + extent.frames)}
-        assert len(frames) == self.extent_frames, "two extents overlap"
-        assert self._clearing.keys() <= frames, "a frame is cleared for nobody"
-        frames -= self._clearing.keys()  # their slabs count them, until they are empty
+        frames = self._recount_extents()
+        clearing = self._clearing.keys()
+        if clearing:
+            assert clearing <= frames, "a frame is cleared for nobody"
+            frames = frames - clearing  # their slabs count them, until they are empty
         count = len(frames)
         for slab in self.slabs.values():
-            slab.check(self._clearing.keys())
-            frames |= slab.used.keys()
+            slab.check(clearing)
+            frames = frames | slab.used.keys()
             count += len(slab.used)
         assert len(frames) == count, "a frame has two owners"
         assert count + self.free_frames == self.frames, "a frame has no owner"
+
+    def _recount_extents(self) -> Set[int]:
+        """Their frames, counted again only when the extents are not those that were counted last."""
+        if self._counted[0] != self._extents:
+            extents = [extent for owned in self._extents.values() for extent in owned]
+            frames = frozenset(f for extent in extents for f in range(extent.frame, extent.frame + extent.frames))
+            assert len(frames) == self.extent_frames, "two extents overlap"
+            self._counted = dict(self._extents), frames
+        return self._counted[1]
 
     def _mark(self, extents: Iterable[Extent], state: int) -> None:
         for extent in extents:

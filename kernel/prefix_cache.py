@@ -15,6 +15,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
+from itertools import chain
 
 from llm_os.kernel.slab import Page
 
@@ -48,8 +49,7 @@ class PrefixCache:
         return len(self._full) + len(self._tails)
 
     def __iter__(self) -> Iterator[Page]:
-        yield from self._full.values()
-        yield from self._tails.values()
+        return chain(self._full.values(), self._tails.values())
 
     def full(self, key: bytes) -> Page | None:
         return self._full.get(key)
@@ -119,14 +119,21 @@ class PrefixCache:
 
     def check(self) -> None:
         """Each page is listed once, under its own name."""
-        resting = {entry[2] for heap in (self._device, self._swapped) for entry in heap if _resting(entry)}
-        assert max(len(self._device), len(self._swapped)) <= 65 + 4 * len(self), "the order of eviction has no end"
+        most = 65 + 4 * len(self)
+        assert len(self._device) <= most and len(self._swapped) <= most, "the order of eviction has no end"
+        unheld: list[Page] = []
         for key, page in self._full.items():
             assert page.cached and page.key == key and not page.tokens
-            assert page.references or page in resting, "a cached page can never be evicted"
+            if not page.references:
+                unheld.append(page)
         for before, page in self._tails.items():
             assert page.cached and page.key == before and page.tokens
-            assert page.references or page in resting, "a cached page can never be evicted"
+            if not page.references:
+                unheld.append(page)
+        if unheld:
+            listed = {page for _, serial, page in self._device if page.rested == serial}
+            listed.update([page for _, serial, page in self._swapped if page.rested == serial])
+            assert listed.issuperset(unheld), "a cached page can never be evicted"
 
 
 def _resting(entry: tuple[float, int, Page]) -> bool:

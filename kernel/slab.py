@@ -9,7 +9,7 @@ it: whoever needs room may take it. A frame whose pages are all cached is as goo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -187,29 +187,39 @@ class Slab:
                 self._free_slots -= len(self._free.pop(frame))
             self.memory.release_frame(frame)
 
-    def check(self, clearing: Iterable[int]) -> None:
-        slots, closed = self.slots, set(clearing) & self.used.keys()
+    def check(self, clearing: Collection[int]) -> None:
+        """Recounts its pages. `clearing` are the frames of the device that take no more pages."""
+        slots = self.slots
         used, held = dict.fromkeys(self.used, 0), dict.fromkeys(self.used, 0)
         for number, page in self.pages.items():
             frame = number // slots
-            used[frame] = used.get(frame, 0) + 1
+            assert frame in used, "a page lies in a frame that its slab does not have"
+            used[frame] += 1
             if page.references:
-                held[frame] = held.get(frame, 0) + 1
+                held[frame] += 1
             assert page.number == number or page.busy, "a page is not where its slab has it"
         assert used == self.used, "used pages are miscounted"
         assert held == self.held, "held is miscounted"
-        in_open = [count for frame, count in held.items() if frame not in closed]
-        assert len(closed) == self._closed_frames
-        assert self._frames_held == len(in_open) - in_open.count(0)
-        assert self._held_open == sum(in_open)
-        assert self._free_slots == sum(map(len, self._free.values()))
+        closed = frames_held = held_open = free_slots = 0
         for frame, count in used.items():
-            free = self._free.get(frame, ())
-            if frame in closed:
-                assert not free, "a frame that is being cleared takes pages"
-            else:
-                assert len(free) == len(set(free)) == slots - count, "a slot is lost"
-                assert self.pages.keys().isdisjoint([frame * slots + slot for slot in free]), "a free slot is in use"
+            if frame in clearing:
+                closed += 1
+                assert frame not in self._free, "a frame that is being cleared takes pages"
+                continue
+            if held[frame]:
+                frames_held += 1
+                held_open += held[frame]
+            if count < slots:
+                free = self._free.get(frame, ())
+                assert len(free) == slots - count, "a slot is lost"
+                free_slots += len(free)
+        assert closed == self._closed_frames
+        assert frames_held == self._frames_held
+        assert held_open == self._held_open
+        assert free_slots == self._free_slots
+        numbers = {frame * slots + slot for frame, free in self._free.items() for slot in free}
+        assert len(numbers) == free_slots, "a slot is free twice, or in a frame that is not the slab's"
+        assert self.pages.keys().isdisjoint(numbers), "a free slot is in use"
 
 
 def fit_page_tokens(choices: Iterable[int], kv_bytes_per_token: int, frame_size: int) -> int | None:

@@ -100,7 +100,10 @@ class Swap:
 
     def check(self, pages: dict[int, Page], demoting: int) -> None:
         """`pages` are those that have a slot or are getting one; `demoting` the bytes that are in both tiers now."""
-        assert {slot: page for slot, (_, page) in self._slots.items()} == pages, "a slot is lost, or nobody's"
-        for tier in self.used:
-            used = sum(page.slab.page_bytes for where, page in self._slots.values() if where == tier)
-            assert self.used[tier] == used + (demoting if tier == "disk" else 0) <= self.capacity[tier]
+        assert self._slots.keys() == pages.keys(), "a slot is lost, or nobody's"
+        used: dict[Tier, int] = {"host": 0, "disk": demoting}
+        for slot, (tier, page) in self._slots.items():
+            assert pages[slot] is page, "a slot is another page's"
+            used[tier] += page.slab.page_bytes
+        assert used == self.used, "swap is miscounted"
+        assert used["host"] <= self.capacity["host"] and used["disk"] <= self.capacity["disk"]
