@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 from llm_os.kernel.config import Tenant
 from llm_os.kernel.errors import Refused
+from llm_os.kernel.policy import Policy, Share
 
 INPUT, OUTPUT = 1.0, 2.0  # the cost of a token, as in the paper
 _REMEMBERED = 4096  # tenants without processes whose counters are kept
@@ -41,6 +42,7 @@ class Account:
     name: str
     limits: Tenant
     counter: float = 0.0
+    share: tuple[float, float] | None = None  # a counter, and what the policy made of it
     waiting: int = 0  # processes that wait to be admitted to the running set
     processes: int = 0  # live
     restored: int = 0  # of these, from an earlier life
@@ -62,13 +64,19 @@ class Reservation:
 class Accounting:
     """The accounts of all tenants."""
 
-    def __init__(self, tenants: Mapping[str, Tenant]) -> None:
+    def __init__(self, tenants: Mapping[str, Tenant], policy: Policy) -> None:
         self._limits = tenants
+        self._policy = policy
         self._accounts: dict[str, Account] = {}
         self._last: dict[int, float] = {}  # by nice: the counter of the tenant that was admitted last
 
-    def counter(self, tenant: str) -> float:
-        return self._accounts[tenant].counter
+    def share(self, tenant: str) -> float:
+        """Its place among the tenants, by the policy: the least is first."""
+        account = self._accounts[tenant]
+        if account.share is None or account.share[0] != account.counter:
+            had = Share(tenant=tenant, weight=account.limits.weight, service=account.counter)
+            account.share = account.counter, self._policy.share(had)
+        return account.share[1]
 
     def enter(self, tenant: str, restored: bool = False) -> Reservation:
         """A process arrives. Raises Refused if its tenant has as many as it may; one that was admitted in an earlier
@@ -169,15 +177,15 @@ class Accounting:
 
     def check(self) -> None:
         for account in self._accounts.values():
-            limits = account.limits
-            assert min(account.processes, account.reserved_tokens, account.reserved_pages, account.waiting) >= 0
-            assert account.waiting <= account.processes
-            for most, now in (
-                (limits.max_processes, account.processes - account.restored),
-                (limits.max_tokens, account.used_tokens + account.reserved_tokens),
-                (limits.max_pages, account.reserved_pages),
-            ):
-                assert most is None or now <= most, f"tenant {account.name!r} is over its quota"
+            limits, processes = account.limits, account.processes
+            assert 0 <= account.waiting <= processes
+            assert account.reserved_tokens >= 0 and account.reserved_pages >= 0
+            within = limits.max_processes is None or processes - account.restored <= limits.max_processes
+            if (most := limits.max_tokens) is not None:
+                within &= account.used_tokens + account.reserved_tokens <= most
+            if (most := limits.max_pages) is not None:
+                within &= account.reserved_pages <= most
+            assert within, f"tenant {account.name!r} is over its quota"
 
     def _forget_some(self) -> None:
         """Tenants that have gone, and whose counters are no higher than anybody's would be who comes now."""

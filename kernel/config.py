@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llm_os.kernel.errors import ConfigError
 from llm_os.kernel.strict import Strict
@@ -54,14 +54,17 @@ class Config(Strict, frozen=True, kw_only=True):
     state: Path | None = None  # directory of the journal: sessions continue after a crash; None keeps none
     threads: int | None = None  # compute threads of the cpu driver; None leaves torch's choice
     store: Path | None = None  # where pulled models live; None is the user's store
-    plugins: tuple[str, ...] = ()  # third-party plugins to enable, by entry-point name
+    policy: str = "fair"  # who of a class is served first: a registered policy, such as "fair" or "fifo"
+    plugins: tuple[str, ...] = ()  # plugins to enable; "-NAME" turns one off that is on by default
+    options: dict[str, dict[str, Any]] = {}  # what plugins are told, by plugin: see the plugin's own docs
+    hook_limit_s: float = 5.0  # a plugin's call that takes longer fails; after three failures in a row it is off
 
     def __post_init__(self) -> None:
         for field in ("batch_tokens", "batch_size", "queue_limit", "page_tokens", "threads"):
             value = getattr(self, field)
             if value is not None and not 1 <= value <= 2**24:
                 raise ConfigError(f"{field} is {value!r}; it must be from 1 to {2**24}")
-        for field in ("queue_s", "slice_s", "aging_s"):
+        for field in ("queue_s", "slice_s", "aging_s", "hook_limit_s"):
             seconds = getattr(self, field)
             if seconds is not None and not 0 < seconds <= 1e9:
                 raise ConfigError(f"{field} is {seconds}; it must be more than 0 and at most 1e9 seconds")

@@ -24,9 +24,10 @@ from llm_os.kernel.loader import Loader
 from llm_os.kernel.memory import Memory, MemoryInfo
 from llm_os.kernel.outbox import Outbox
 from llm_os.kernel.pager import Pager
+from llm_os.kernel.policy import Fair, Policy
 from llm_os.kernel.process import Process, ProcessInfo, State
 from llm_os.kernel.processes import Processes
-from llm_os.kernel.residency import Model, Residency, Where
+from llm_os.kernel.residency import Model, PickVictim, Residency, Where
 from llm_os.kernel.scheduler import Order, Scheduler
 from llm_os.kernel.swap import Swap
 
@@ -34,17 +35,25 @@ from llm_os.kernel.swap import Swap
 class Core:
     """One device's kernel, without its surroundings."""
 
-    def __init__(self, config: Config, budget: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        budget: int,
+        policy: Policy | None = None,
+        pick_victim: PickVictim = lambda models: None,
+    ) -> None:
+        """`policy` is Fair by default. `pick_victim` chooses among idle models whose weights may go; None abstains."""
+        policy = policy or Fair()
         self.config = config
         self.memory = Memory(budget, config.frame_bytes)
         self.flights = Flights()
         costs = Costs()
-        self.accounting = Accounting(config.tenants)
+        self.accounting = Accounting(config.tenants, policy)
         swap = Swap(parse_bytes("swap_host", config.swap_host), parse_bytes("swap_disk", config.swap_disk))
         self.pager = Pager(self.memory, self.flights, costs, swap, config.prefix_cache)
-        self.residency = Residency(config, self.memory, self.flights, costs)
+        self.residency = Residency(config, self.memory, self.flights, costs, pick_victim)
         self.outbox = Outbox(self.flights, config.state is not None)
-        self.scheduler = Scheduler(config, self.pager, self.accounting, self._spare)
+        self.scheduler = Scheduler(config, self.pager, self.accounting, policy, self._spare)
         self.table = Processes(
             config, self.flights, self.outbox, self.pager, self.residency, self.scheduler, self.accounting
         )

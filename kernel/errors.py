@@ -10,6 +10,7 @@
     │   └── Unsupported        a sound model that this version cannot run
     ├── StoreError             a download or the model store failed
     ├── DriverError            the device failed, or the driver is not available here
+    ├── PluginError            a plugin raised, took too long, or gave something of the wrong type
     └── Closed                 the kernel is closing or closed
 
 A message is one line: it names the thing, the limit, and the way out.
@@ -61,6 +62,10 @@ class StoreError(Error):
 
 class DriverError(Error):
     """The device failed, or the driver cannot be used on this machine."""
+
+
+class PluginError(Error):
+    """A plugin failed a request: it raised, overran its time or gave a wrong type. Names the plugin and the hook."""
 
 
 class Closed(Error):

@@ -165,11 +165,12 @@ class Open(Struct, frozen=True):
 
 
 class Encode(Struct, frozen=True):
-    """Turn a request into token ids."""
+    """Turn the request of process `pid` into token ids."""
 
     id: int
     image: Image
     request: Request
+    pid: int = 0
 
 
 class Load(Struct, frozen=True):

@@ -18,7 +18,7 @@ from llm_os.kernel.process import Process, State
 from llm_os.kernel.residency import AWAY, Model, Residency, Where
 from llm_os.kernel.scheduler import Order, Scheduler
 
-_BY_CALL: Order = (0, -1.0, 0.0, 0)  # a load that was asked for by name
+_BY_CALL: Order = (0, -math.inf, 0.0, 0.0, 0)  # a load that was asked for by name
 
 
 class Faults:
@@ -143,7 +143,7 @@ class Faults:
 
     def _displaceable(self, newcomer: Model, order: Order, nice: int, now: float) -> Model | None:
         """A model all of whose processes are of a later class than `nice`, or that has had its slice and none of whose
-        processes comes before the newcomer's by class and counter: else it would come back at once."""
+        processes comes before the newcomer's by class and share: else it would come back at once."""
         found: list[tuple[int, float, Model]] = []
         for model in self._residency.models.values():
             if model.where is Where.ON_DEVICE and not model.fixed:
@@ -181,7 +181,7 @@ class Faults:
         return True
 
 
-def _turn(wanted: tuple[Order, Model]) -> tuple[int, float, int, float, int]:
-    """By class and counter; of equals, the model that has not run for longest."""
-    (urgency, counter, since, pid), model = wanted
-    return urgency, counter, model.last_run, since, pid
+def _turn(wanted: tuple[Order, Model]) -> tuple[int, float, int, float, float, int]:
+    """By class and share; of equals, the model that has not run for longest."""
+    (urgency, share, rank, since, pid), model = wanted
+    return urgency, share, model.last_run, rank, since, pid

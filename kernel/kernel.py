@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack, closing
 from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
@@ -32,6 +33,7 @@ from llm_os.kernel.process import ProcessInfo
 from llm_os.kernel.request import Completion, Request
 from llm_os.kernel.residency import ModelInfo
 from llm_os.kernel.stream import Mailbox, Stream, thread_safe
+from llm_os.kernel.tool import Tool
 
 T = TypeVar("T")
 
@@ -45,18 +47,14 @@ class Kernel:
 
     def __init__(self, config: Config | None = None) -> None:
         config = config or Config()
-        plugins = Plugins(config)
-        driver = plugins.open_driver()
-        disk = None
-        try:
-            core = Core(config, _budget(config, driver))
-            disk = Disk(config, plugins)
+        with ExitStack() as opened:  # given back where the boot fails
+            plugins = opened.enter_context(closing(Plugins(config)))
+            driver = opened.enter_context(closing(plugins.open_driver()))
+            core = Core(config, _budget(config, driver), plugins.open_policy(), plugins.pick_victim)
+            disk = opened.enter_context(closing(Disk(config, plugins)))
+            plugins.tell("booted", config=config, device=driver.info())
             self._boot(core, driver, plugins, disk)
-        except BaseException:
-            driver.close()
-            if disk is not None:
-                disk.close()
-            raise
+            opened.pop_all()
 
     def _boot(self, core: Core, driver: Driver, plugins: Plugins, disk: Disk) -> None:
         self._loop = Loop(core, driver, plugins, disk)
@@ -141,6 +139,13 @@ class Kernel:
         if not -20 <= nice <= 19:
             raise RequestError(f"nice is {nice}; it must be from -20 to 19")
         self._ask(lambda ticket: ev.Renice(ticket, pid, nice)).result()
+
+    # -- tools -------------------------------------------------------------------------------------------------------
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """Those that plugins offer. Nothing runs them unless it is told to (docs/write-a-plugin.md)."""
+        return self._loop.plugins.tools
 
     # -- models ------------------------------------------------------------------------------------------------------
 

@@ -17,13 +17,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
+from msgspec import structs
+
 from llm_os.kernel import events as ev
 from llm_os.kernel.core import Core
 from llm_os.kernel.disk import Disk
-from llm_os.kernel.driver import Driver
+from llm_os.kernel.driver import Batch, Driver
 from llm_os.kernel.errors import Closed, DriverError
+from llm_os.kernel.filters import Gate
+from llm_os.kernel.hookspecs import ExitInfo, StepInfo
 from llm_os.kernel.image import Image
 from llm_os.kernel.plugins import Plugins
+from llm_os.kernel.request import Request
 from llm_os.kernel.stream import Mailbox
 
 T = TypeVar("T")
@@ -43,6 +48,10 @@ class Loop:
         self.unclaimed: dict[int, Mailbox] = {}  # of sessions of an earlier life that nobody has attached to
         self.tickets: dict[int, Future[None]] = {}
         self.host = ThreadPoolExecutor(2, thread_name_prefix="llm-os-host")
+        self.gates: dict[int, Gate] = {}  # of processes whose request or answer goes through plugins
+        self.runs: dict[int, tuple[Batch, float]] = {}  # batches in flight and when they began, likewise
+        self.requests: dict[int, Request] = {}  # of live processes, where plugins want to see them
+        self.waiters = ThreadPoolExecutor(32, thread_name_prefix="llm-os-waiter")  # they wait for plugins
         self.gate = threading.Lock()  # guards `closed` against the mailboxes and tickets that are about to be added
         self.closed: str | None = None  # what callers are told from now on
         self.ended: Future[None] = Future()  # set when everything has been given back
@@ -51,6 +60,7 @@ class Loop:
         events: list[ev.Event] = []
         try:
             while not self.core.halted:
+                self.announce(events)
                 with self.turn:
                     actions = self.core.step(time.monotonic(), events)
                 self.perform(actions)
@@ -61,7 +71,10 @@ class Loop:
         finally:
             self.abandon()
             self.host.shutdown()
+            self.waiters.shutdown(wait=False)  # a call that hangs is left behind
             try:
+                self.plugins.tell("halting")
+                self.plugins.close()
                 self.driver.close()
             finally:
                 try:
@@ -90,11 +103,8 @@ class Loop:
     def perform(self, actions: list[ev.Action]) -> None:
         for action in actions:
             match action:
-                case ev.Deliver(pid):
-                    if mailbox := self.mailboxes.get(pid):
-                        mailbox.put(action)
-                    if action.completion is not None or action.error is not None:
-                        self.mailboxes.pop(pid, None)
+                case ev.Deliver():
+                    self.deliver(action)
                 case ev.Reply(ticket, error):
                     _settle(self.tickets.pop(ticket), error)
                 case ev.Close(image):
@@ -104,6 +114,59 @@ class Loop:
                 case _:
                     self.operate(action)
 
+    def announce(self, events: list[ev.Event]) -> None:
+        """Plugins see a request before the core does, and batches that came back."""
+        if not self.plugins.watching:
+            return
+        for event in events:
+            match event:
+                case ev.Submit(pid, request):
+                    self.requests[pid] = request
+                case ev.Fork(pid, parent) if parent in self.requests:
+                    self.requests[pid] = self.requests[parent]
+                case ev.Restore(pid, session):
+                    self.requests[pid] = session.began.request
+                case ev.Completed(operation) if operation in self.runs:
+                    self.finished(event)
+                    continue
+                case _:
+                    continue
+            if self.plugins.filtering and pid in self.requests:
+                self.gates[pid] = Gate(
+                    self.waiters,
+                    partial(self.plugins.open_filters, self.requests[pid]),
+                    self.hand_over,
+                    partial(self.inbox.put, ev.Kill(pid)),
+                )
+
+    def finished(self, event: ev.Completed) -> None:
+        batch, began = self.runs.pop(event.operation)
+        step = StepInfo(
+            model=batch.model,
+            sequences=len(batch.sequences),
+            tokens=sum(len(sequence.tokens) for sequence in batch.sequences),
+            seconds=time.monotonic() - began,
+            live=len(self.core.processes),
+        )
+        self.plugins.tell("step_finished", step=step)
+
+    def deliver(self, item: ev.Deliver) -> None:
+        """Through the plugins' filters, if there are any, to the reader."""
+        over = item.completion is not None or item.error is not None
+        gate = self.gates.pop(item.pid, None) if over else self.gates.get(item.pid)
+        if over and (request := self.requests.pop(item.pid, None)) is not None:
+            self.plugins.tell("process_exited", process=_exit(item, request))
+        if gate is not None:
+            gate.put(item)
+        else:
+            self.hand_over(item)
+
+    def hand_over(self, item: ev.Deliver) -> None:
+        over = item.completion is not None or item.error is not None
+        mailbox = self.mailboxes.pop(item.pid, None) if over else self.mailboxes.get(item.pid)
+        if mailbox is not None:
+            mailbox.put(item)
+
     def operate(self, operation: ev.Operation) -> None:
         future: Future[Any]
         try:
@@ -111,7 +174,7 @@ class Loop:
                 case ev.Open(_, model, image):
                     future = self.host.submit(self.open, model, image)
                 case ev.Encode():
-                    future = self.host.submit(encode, operation)
+                    future = self.encode(operation)
                 case ev.Load(_, model, image, placement):
                     future = self.driver.load(model, image, placement)
                 case ev.Unload(_, model):
@@ -128,8 +191,10 @@ class Loop:
                     future = self.disk.demote(slots)
                 case ev.Journal(_, records):
                     future = self.disk.append(records)
-                case ev.Run(_, batch):
+                case ev.Run(id, batch):
                     future = self.driver.run(batch)
+                    if self.plugins.watching:
+                        self.runs[id] = batch, time.monotonic()
                 case ev.Copy(_, model, moves):
                     future = self.driver.copy(model, moves)
         except Exception as error:  # a driver that raises instead of failing its future
@@ -141,6 +206,22 @@ class Loop:
     def complete(self, operation: int, future: Future[Any]) -> None:
         error = DriverError("the operation was cancelled") if future.cancelled() else future.exception()
         self.inbox.put(ev.Completed(operation, None if error else future.result(), error))
+
+    def encode(self, operation: ev.Encode) -> Future[list[int]]:
+        gate = self.gates.get(operation.pid)
+        if gate is None:
+            return self.host.submit(encode, operation)
+        encoded: Future[list[int]] = Future()
+
+        def go_on(request: Future[Request]) -> None:
+            try:
+                changed = structs.replace(operation, request=request.result())
+                _then(self.host.submit(encode, changed), encoded, lambda tokens: tokens)
+            except Exception as error:  # a plugin refused it or failed; or the kernel has closed
+                encoded.set_exception(error)
+
+        gate.request.add_done_callback(go_on)
+        return encoded
 
     def swap_in(self, model: str, slots: tuple[int, ...], pages: tuple[int, ...]) -> Future[tuple[bool, ...]]:
         """Read the slots, then write the sound ones into their pages."""
@@ -205,6 +286,18 @@ def encode(operation: ev.Encode) -> list[int]:
     if isinstance(request.prompt, str):
         return image.encode(request.prompt, raw=True)
     return list(request.prompt or ())
+
+
+def _exit(item: ev.Deliver, request: Request) -> ExitInfo:
+    done = item.completion
+    return ExitInfo(
+        pid=item.pid,
+        tenant=request.tenant,
+        model=request.model,
+        finish_reason=done.finish_reason if done is not None else None,
+        error=str(item.error) if item.error is not None else None,
+        usage=done.usage if done is not None else None,
+    )
 
 
 def _failed(error: Exception) -> Future[Any]:

@@ -1,49 +1,131 @@
-"""Finds plugins and keeps what they registered, for one kernel. There is no global registry."""
+"""The plugins of one kernel: which are on, what they registered, how they are asked. There is no global registry."""
 
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import EntryPoint, entry_points
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pluggy
 
 from llm_os.kernel import hookspecs
+from llm_os.kernel.compression import Pass
 from llm_os.kernel.config import Config
 from llm_os.kernel.driver import DeviceInfo, Driver, DriverFactory, DriverProbe
-from llm_os.kernel.errors import ConfigError, ModelNotFound
+from llm_os.kernel.errors import ConfigError, Error, ModelNotFound, PluginError, Refused, RequestError, Unsupported
+from llm_os.kernel.filters import Filter, TextFilter
+from llm_os.kernel.grammar import Grammar, Language
 from llm_os.kernel.image import Image
+from llm_os.kernel.isolation import Guard, Health, Lane
 from llm_os.kernel.journal import Log
+from llm_os.kernel.manifest import Manifest, choose
+from llm_os.kernel.policy import Candidate, Fair, Policy, PolicyFactory, Share
+from llm_os.kernel.request import Request
+from llm_os.kernel.residency import ModelInfo
 from llm_os.kernel.swap import SwapStore
+from llm_os.kernel.tool import Tool
 
-BUILT_IN = ("llm_os.drivers.formats.plugin", "llm_os.drivers.persistence.plugin", "llm_os.drivers.plugin")
+_log = logging.getLogger("llm_os.plugins")
 
 
 class Plugins:
-    """The plugins of one kernel. Raises ConfigError for a name in `config.plugins` that is not installed."""
+    """Raises ConfigError for a plugin that cannot be enabled, by its name."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._manager = pluggy.PluginManager("llm_os")
+        self.manifests = choose(config.plugins)
+        self._manager = pluggy.PluginManager(hookspecs.hookspec.project_name)
         self._manager.add_hookspecs(hookspecs)
-        for name in BUILT_IN:
-            self._manager.register(importlib.import_module(name), name)
-        installed = {point.name: point for point in entry_points(group="llm_os")}
-        for name in config.plugins:
-            if name not in installed:
-                there = ", ".join(sorted(installed)) or "none"
-                raise ConfigError(f"plugin {name!r} is not installed; installed third-party plugins: {there}")
-            self._manager.register(_load(installed[name]), name)
+        self._lanes = {m.name: Lane(Health(m.name), config.hook_limit_s) for m in self.manifests}
+        self._guard = Guard(config.hook_limit_s)
+        for manifest in self.manifests:
+            self._enable(manifest)
+        self._drivers: dict[str, tuple[DriverFactory, DriverProbe]] = {}
+        self._policies: dict[str, tuple[Lane, PolicyFactory]] = {}
+        self._filters: dict[str, tuple[Lane, Filter]] = {}
+        self._passes: dict[str, tuple[Lane, Pass]] = {}
+        self._tools: dict[str, Tool] = {}
+        try:
+            self._register()
+        except BaseException:
+            self.close()
+            raise
+        self.filtering = bool(self._filters) or self._wants("admit")  # requests go through plugins on their way
+        self.watching = self.filtering or self._wants("step_finished") or self._wants("process_exited")
+
+    # -- boot --------------------------------------------------------------------------------------------------------
+
+    def _enable(self, manifest: Manifest) -> None:
+        try:
+            plugin: object = importlib.import_module(manifest.module)
+        except Exception as error:
+            raise ConfigError(
+                f"plugin {manifest.name!r} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
+        self._manager.register(plugin, manifest.name)
         try:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            raise ConfigError(f"a plugin implements a hook that does not exist: {error}") from None
-        self._drivers: dict[str, tuple[DriverFactory, DriverProbe]] = {}
-        self._manager.hook.register_drivers(register=self._register_driver)
+            raise ConfigError(f"plugin {manifest.name!r} implements a hook that does not exist: {error}") from None
+        implemented = {caller.name for caller in self._manager.get_hookcallers(plugin) or ()}
+        if undeclared := sorted(implemented - set(manifest.hooks)):
+            raise ConfigError(f"plugin {manifest.name!r} implements {', '.join(undeclared)}, but its manifest does not")
+
+    def _register(self) -> None:
+        config = self._config
+        self._boot("register_drivers", lambda lane: {"register": self._register_driver})
+        self._boot("register_tools", lambda lane: {"register": self._register_tool, "config": config})
+        for hook, what, registry in (
+            ("register_policies", "policy", self._policies),
+            ("register_filters", "filter", self._filters),
+            ("register_passes", "pass", self._passes),
+        ):
+            self._boot(hook, partial(_arguments, cast(dict[str, tuple[Lane, Any]], registry), what, config))
+
+    def _boot(self, hook: str, arguments: Callable[[Lane], dict[str, Any]]) -> None:
+        """Let every plugin register, in the order in which they are enabled."""
+        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+            lane = self._lanes[implementation.plugin_name]
+            values = arguments(lane)
+            try:
+                lane.call(hook, (), implementation.function, *(values[name] for name in implementation.argnames))
+            except PluginError as error:
+                raise ConfigError(str(error)) from error
+
+    def _register_driver(self, name: str, factory: DriverFactory, probe: DriverProbe) -> None:
+        if name in self._drivers or name == "auto":
+            raise ConfigError(f"two plugins register a driver named {name!r}; disable one of them")
+        self._drivers[name] = (factory, probe)
+
+    def _register_tool(self, tool: Tool) -> None:
+        if not isinstance(tool, Tool):
+            raise TypeError(f"register(tool) takes a Tool, not {type(tool).__name__}")
+        if tool.name in self._tools:
+            raise ConfigError(f"two plugins register a tool named {tool.name!r}; disable one of them")
+        self._tools[tool.name] = tool
+
+    # -- what was registered -----------------------------------------------------------------------------------------
 
     @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self._manager.list_name_plugin()]
+    def tools(self) -> tuple[Tool, ...]:
+        return tuple(self._tools.values())
+
+    @property
+    def commands(self) -> dict[str, tuple[Callable[..., Any], str]]:
+        """What plugins add to `llm-os`: name -> (function, help)."""
+        commands: dict[str, tuple[Callable[..., Any], str]] = {}
+
+        def register(name: str, command: Callable[..., Any], help: str) -> None:
+            if name in commands:
+                raise ConfigError(f"two plugins register a command named {name!r}; disable one of them")
+            commands[name] = (command, help)
+
+        self._boot("register_commands", lambda lane: {"register": register})
+        return commands
 
     def probe(self) -> list[DeviceInfo]:
         """Every registered driver's view of this machine."""
@@ -60,12 +142,45 @@ class Plugins:
         factory, _ = self._drivers[name]
         return factory(self._config)
 
+    def open_policy(self) -> Policy:
+        """The policy that the configuration names, guarded: it falls back to Fair. Raises ConfigError."""
+        name = self._config.policy
+        if name not in self._policies:
+            raise ConfigError(f"policy is {name!r}; registered are: {', '.join(sorted(self._policies))}")
+        lane, factory = self._policies[name]
+        try:
+            policy = lane.call("register_policies", object, factory, self._config)
+        except PluginError as error:
+            raise ConfigError(f"policy {name!r} cannot be made: {error}") from error
+        return policy if type(policy) is Fair else _Guarded(policy, lane.health, self._guard)
+
+    # -- choices -----------------------------------------------------------------------------------------------------
+
     def open_image(self, model: str) -> Image:
         """Raises ModelNotFound when no plugin knows the name, and what the plugin raises otherwise."""
-        image: Image | None = self._manager.hook.open_image(model=model, config=self._config)
+        base, *passes = model.split("+") if any(f"+{name}" in model for name in self._passes) else (model,)
+        if unknown := [name for name in passes if name not in self._passes]:
+            raise ModelNotFound(f"{model}: there is no pass {unknown[0]!r}; registered are: {', '.join(self._passes)}")
+        image: Image | None = self._manager.hook.open_image(model=base, config=self._config)
         if image is None:
-            raise ModelNotFound(f"no plugin knows a model named {model!r}; `llm-os models` lists what is here")
+            raise ModelNotFound(f"no plugin knows a model named {base!r}; `llm-os models` lists what is here")
+        for name in passes:
+            image = self._apply(name, image)
         return image
+
+    def _apply(self, name: str, image: Image) -> Image:
+        lane, compression = self._passes[name]
+        try:
+            changed = compression.apply(image)
+        except BaseException as error:
+            image.close()
+            if isinstance(error, Error):
+                raise
+            raise lane.health.failed(f"pass {name!r} raised {type(error).__name__}: {error}") from error
+        if changed is None:
+            image.close()
+            raise Unsupported(f"pass {name!r} of plugin {lane.health.plugin!r} gave no image")
+        return changed
 
     def open_log(self, folder: Path) -> Log:
         """Raises StoreError, and ConfigError when no plugin keeps a journal."""
@@ -81,19 +196,119 @@ class Plugins:
             raise ConfigError("swap_host or swap_disk is set, but no plugin keeps swapped pages")
         return store
 
-    def _register_driver(self, name: str, factory: DriverFactory, probe: DriverProbe) -> None:
-        if name in self._drivers or name == "auto":
-            raise ConfigError(f"two plugins register a driver named {name!r}; disable one of them")
-        self._drivers[name] = (factory, probe)
+    def compile_grammar(self, grammar: Grammar, image: Image) -> Language:
+        """Raises RequestError for a grammar that cannot be used, PluginError."""
+        language = self._ask("compile_grammar", object, {"grammar": grammar, "image": image})
+        if language is None:
+            raise RequestError(f"no plugin compiles grammars of kind {grammar.kind!r}; enable one that does")
+        return language  # type: ignore[no-any-return]
+
+    def admit(self, request: Request) -> None:
+        """Raises Refused if a plugin does, PluginError."""
+        reason = self._ask("admit", str, {"request": request})
+        if reason is not None:
+            raise Refused(" ".join(reason.split()))
+
+    def _ask(self, hook: str, kind: Any, values: dict[str, Any]) -> Any:
+        """The first answer that is not None; who was enabled last is asked first."""
+        for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
+            lane = self._lanes[implementation.plugin_name]
+            answer = lane.call(hook, kind, implementation.function, *(values[n] for n in implementation.argnames))
+            if answer is not None:
+                return answer
+        return None
+
+    def pick_victim(self, victims: list[ModelInfo]) -> str | None:
+        """In the kernel's thread. None if nobody chooses."""
+        names = {info.name for info in victims}
+        for implementation in reversed(self._manager.hook.pick_victim.get_hookimpls()):
+            health = self._lanes[implementation.plugin_name].health
+            call = implementation.function if implementation.argnames else lambda _, f=implementation.function: f()
+            name = self._guard.call(health, "pick_victim", call, victims, lambda n: n is None or n in names)
+            if name is not None:
+                return name  # type: ignore[no-any-return]
+        return None
+
+    # -- filters -----------------------------------------------------------------------------------------------------
+
+    def open_filters(self, request: Request) -> tuple[Request, list[TextFilter]]:
+        """What the model shall see, and what the answer goes through, in order. Raises Refused where a plugin does not
+        admit it, and PluginError: a request never passes by a filter that is broken."""
+        self.admit(request)
+        answer: list[TextFilter] = []
+        for lane, filter in self._filters.values():
+            opened = lane.call("Filter.open", tuple, filter.open, request)
+            if opened is None:
+                continue
+            if len(opened) != 2 or not isinstance(opened[0], Request):
+                raise lane.health.failed("Filter.open gave no (Request, TextFilter)")
+            request, text = opened
+            if text is not None:
+                answer.insert(0, Filtering(lane, text))
+        return request, answer
+
+    # -- events ------------------------------------------------------------------------------------------------------
+
+    def tell(self, hook: str, **values: Any) -> None:
+        """An event, to every plugin that wants it. Never waits, never raises."""
+        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+            lane = self._lanes[implementation.plugin_name]
+            lane.post(hook, implementation.function, *(values[name] for name in implementation.argnames))
+
+    def _wants(self, hook: str) -> bool:
+        return bool(getattr(self._manager.hook, hook).get_hookimpls())
+
+    def close(self) -> None:
+        """After the last event."""
+        self._guard.close()
+        for lane in self._lanes.values():
+            lane.close()
 
 
-def _load(point: EntryPoint) -> object:
-    """Imports a plugin. Its failure is told as ours, with its name."""
-    try:
-        plugin: object = point.load()
-    except Exception as error:
-        raise ConfigError(f"plugin {point.name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    return plugin
+class Filtering:
+    """One filter of one answer, called in its plugin's lane."""
+
+    def __init__(self, lane: Lane, text: TextFilter) -> None:
+        self._lane = lane
+        self._text = text
+
+    def push(self, text: str) -> str:
+        return str(self._lane.call("TextFilter.push", str, self._text.push, text) or "")
+
+    def flush(self) -> str:
+        return str(self._lane.call("TextFilter.flush", str, self._text.flush) or "")
+
+
+class _Guarded:
+    """A plugin's policy; Fair where that fails."""
+
+    def __init__(self, policy: Policy, health: Health, guard: Guard) -> None:
+        self._policy, self._health, self._guard, self._fair = policy, health, guard, Fair()
+
+    def share(self, share: Share) -> float:
+        value = self._guard.call(self._health, "Policy.share", self._policy.share, share, _finite)
+        return self._fair.share(share) if value is None else float(value)
+
+    def rank(self, candidate: Candidate) -> float:
+        value = self._guard.call(self._health, "Policy.rank", self._policy.rank, candidate, _finite)
+        return 0.0 if value is None else float(value)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _arguments(registry: dict[str, tuple[Lane, Any]], what: str, config: Config, lane: Lane) -> dict[str, Any]:
+    return {"register": _into(registry, what, lane), "config": config}
+
+
+def _into(registry: dict[str, tuple[Lane, Any]], what: str, lane: Lane) -> Callable[[str, Any], None]:
+    def register(name: str, value: Any) -> None:
+        if name in registry:
+            raise ConfigError(f"two plugins register a {what} named {name!r}; disable one of them")
+        registry[name] = (lane, value)
+
+    return register
 
 
 def _probe(name: str, probe: DriverProbe) -> DeviceInfo:

@@ -93,6 +93,7 @@ class Process:
     seniority: int = 0  # the order of becoming active for the first time; 0 is never
     ran_at: float = 0.0  # when it was last in a batch, or became active
     ran: bool = False  # since it became active
+    rank: float = 0.0  # its place among those of its tenant, by the policy
     queued: float = 0.0  # since when it waits to run
     waited: float = 0.0  # seconds before that
     blocking: int | None = None  # the ticket to answer when it has stopped

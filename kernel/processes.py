@@ -120,7 +120,9 @@ class Processes:
         assert model.image is not None
         process.image = model.image
         if not self.sessions.begin(process):
-            self._flights.start(ev.Encode(self._flights.next_id(), model.image, process.request), (process,))
+            self._flights.start(
+                ev.Encode(self._flights.next_id(), model.image, process.request, process.pid), (process,)
+            )
 
     def encoded(self, process: Process, event: ev.Completed) -> None:
         if process.state is State.ENDED:

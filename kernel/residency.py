@@ -52,6 +52,7 @@ class Where(StrEnum):
 
 
 AWAY = (Where.ON_DISK, Where.IN_HOST)
+_THERE = (Where.ON_DEVICE, Where.LOADING, Where.EVICTING)  # with extents
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
@@ -67,6 +68,9 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     pages: int
     context_length: int
     pinned: bool = False
+
+
+PickVictim = Callable[[list[ModelInfo]], str | None]  # which of them is to leave the device; None abstains
 
 
 @dataclass(eq=False)
@@ -134,7 +138,8 @@ class Model:
 class Residency:
     """The models of one device, and their way onto it and off it."""
 
-    def __init__(self, config: Config, memory: Memory, flights: Flights, costs: Costs) -> None:
+    def __init__(self, config: Config, memory: Memory, flights: Flights, costs: Costs, pick_victim: PickVictim) -> None:
+        self._pick_victim = pick_victim
         self.models: dict[str, Model] = {}
         self._memory = memory
         self._flights = flights
@@ -301,7 +306,10 @@ class Residency:
     def idle(self) -> Model | None:
         """The model on the device that is missed the least: not pinned, and nobody runs or waits with it."""
         models = [m for m in self.models.values() if self._may_go(m) and m.live == m.blocked]
-        return min(models, key=lambda m: (m.rent, m.last_run), default=None)
+        models.sort(key=lambda m: (m.rent, m.last_run))
+        if len(models) > 1 and (name := self._pick_victim([m.info(self._memory) for m in models])) is not None:
+            return self.models[name]
+        return models[0] if models else None
 
     def alone(self, model: Model, used: bool) -> bool:
         """Whether every other model that has weights on the device is there to stay, `used` or with no process."""
@@ -382,9 +390,11 @@ class Residency:
         return structs.replace(self._memory.info(scratch), host=swap.used["host"], disk=swap.used["disk"])
 
     def check(self) -> None:
-        for model in self.models.values():
-            there = model.where in (Where.LOADING, Where.ON_DEVICE, Where.EVICTING)
-            assert model.placement is None or there, f"{model.name} is {model.where} and has extents"
-            assert model.where is not Where.ON_DEVICE or (model.placement and model.kv_on_device)
+        slabs = self._memory.slabs
+        for name, model in self.models.items():
+            where = model.where
+            if model.placement is not None:
+                assert where in _THERE, f"{name} is {where} and has extents"
+            assert where is not Where.ON_DEVICE or (model.placement and model.kv_on_device)
             assert 0 <= model.blocked <= model.live
-            assert (model.name in self._memory.slabs) == (model.kv_on_device or model.where is Where.LOADING)
+            assert (name in slabs) == (model.kv_on_device or where is Where.LOADING)

@@ -7,10 +7,10 @@
 Continuous batching (Orca, Yu et al., OSDI 2022) with chunked prefill (Sarathi-Serve, Agrawal et al., OSDI 2024): each
 turn hands out `batch_tokens` tokens to active processes of one model, those that decode first.
 
-Who is admitted next: the most urgent class, then the tenant that had the least (`accounting.py`), then who has waited
-longest. One order for all models on the device, and nobody passes the first in it, so that many small requests cannot
-keep a large one out. A newcomer whose nice is better than an active process's class suspends it; else who is active
-goes on until it ends, or its pages are taken.
+Who is admitted next: the most urgent class, then what the policy says (`policy.py`; by default the tenant that had the
+least, `accounting.py`), then who has waited longest. One order for all models on the device, and nobody passes the
+first in it, so that many small requests cannot keep a large one out. A newcomer whose nice is better than an active
+process's class suspends it; else who is active goes on until it ends, or its pages are taken.
 
 A class is a nice and all who wait with it. It becomes better by one for each `aging_s` that the one who waits longest
 has waited in all, at most as good as the best nice that is here: so waiting brings nobody before another of the same
@@ -32,10 +32,12 @@ from collections.abc import Callable, Iterable, Iterator
 from llm_os.kernel.accounting import Accounting
 from llm_os.kernel.config import Config
 from llm_os.kernel.pager import Pager
+from llm_os.kernel.policy import Candidate, Policy
 from llm_os.kernel.process import Process, State
 from llm_os.kernel.residency import Model
 
-Order = tuple[int, float, float, int]  # class, counter of the tenant, since when it waits, pid: the least is first
+# class, share of the tenant, rank of the process, since when it waits, pid: the least is first
+Order = tuple[int, float, float, float, int]
 
 _LAST = 1 << 60
 
@@ -43,13 +45,17 @@ _LAST = 1 << 60
 class Scheduler:
     """The run queue of one device."""
 
-    def __init__(self, config: Config, pager: Pager, accounting: Accounting, spare: Callable[[Model], bool]) -> None:
+    def __init__(
+        self, config: Config, pager: Pager, accounting: Accounting, policy: Policy, spare: Callable[[Model], bool]
+    ) -> None:
         """`spare(model)` starts to evict the weights of an idle model other than this one; False if there is none."""
         self._batch_tokens = config.batch_tokens
         self._batch_size = config.batch_size
         self._aging_s = config.aging_s
         self._pager = pager
         self._accounting = accounting
+        self._policy = policy
+        self._by_arrival = True  # no process has been ranked by anything else
         self._spare = spare
         self._active: dict[str, dict[int, Process]] = {}  # by model
         self._queues: dict[str, dict[int, dict[str, deque[Process]]]] = {}  # by model, nice and tenant
@@ -66,13 +72,14 @@ class Scheduler:
         self._queue(process, now)
 
     def _queue(self, process: Process, now: float) -> None:
-        """Among those of its nice and tenant behind all who have waited longer in all."""
-        process.queued = now
+        """Among those of its nice and tenant behind all of a lower rank, and of its own who have waited longer."""
+        process.queued, process.rank = now, self._policy.rank(_candidate(process))
+        self._by_arrival &= process.rank == 0.0
         self._accounting.waits(process.request.tenant, 1)
         queues = self._queues.setdefault(process.request.model, {}).setdefault(process.nice, {})
         queue = queues.setdefault(process.request.tenant, deque())
-        at = len(queue)
-        while at and queue[at - 1].queued - queue[at - 1].waited > now - process.waited:
+        at, place = len(queue), (process.rank, now - process.waited)
+        while at and (queue[at - 1].rank, queue[at - 1].queued - queue[at - 1].waited) > place:
             at -= 1
         queue.insert(at, process)
         self.note_pages(process)
@@ -152,8 +159,9 @@ class Scheduler:
         return self.urgency(process, now), process.seniority
 
     def _class(self, nice: int, now: float) -> int:
-        heads = (q[0] for model in self._queues.values() if nice in model for q in model[nice].values())
-        return self._aged(nice, max((head.waited + now - head.queued for head in heads), default=0.0))
+        queues = (q for model in self._queues.values() if nice in model for q in model[nice].values())
+        longest = (p for q in queues for p in ((q[0],) if self._by_arrival else q))
+        return self._aged(nice, max((p.waited + now - p.queued for p in longest), default=0.0))
 
     def _aged(self, urgency: int, waited: float) -> int:
         gained = int(waited / self._aging_s)
@@ -164,14 +172,15 @@ class Scheduler:
 
     def first(self, model: str, now: float) -> tuple[Order, Process] | None:
         """Who of this model's waiting processes is to become active next, and its place in the order."""
-        counter = self._accounting.counter
+        share = self._accounting.share
         found = None
         for nice, queues in self._queues.get(model, {}).items():
             urgency = self._class(nice, now)
             for tenant, queue in queues.items():
-                order = urgency, counter(tenant), queue[0].queued - queue[0].waited, queue[0].pid
+                head = queue[0]
+                order = urgency, share(tenant), head.rank, head.queued - head.waited, head.pid
                 if found is None or order < found[0]:
-                    found = order, queue[0]
+                    found = order, head
         return found
 
     def nices(self, model: str) -> Iterable[int]:
@@ -179,10 +188,10 @@ class Scheduler:
         return self._queues.get(model, {}).keys()
 
     def standing(self, model: str, now: float) -> tuple[int, float] | None:
-        """The best class of all who run or wait with this model, and the least counter in it; None if nobody does."""
-        counter = self._accounting.counter
+        """The best class of all who run or wait with this model, and the least share in it; None if nobody does."""
+        share = self._accounting.share
         active = self._active.get(model, {}).values()
-        standings = [(self.urgency(process, now), counter(process.request.tenant)) for process in active]
+        standings = [(self.urgency(process, now), share(process.request.tenant)) for process in active]
         if (first := self.first(model, now)) is not None:
             standings.append(first[0][:2])
         return min(standings, default=None)
@@ -196,9 +205,9 @@ class Scheduler:
         ready = [(model, processes) for model, processes in ready if processes]
         if len(ready) < 2:
             return [model for model, _ in ready]
-        counter = self._accounting.counter
+        share = self._accounting.share
         keyed = [
-            (*min((self.urgency(p, now), counter(p.request.tenant)) for p in processes), model.last_run, model)
+            (*min((self.urgency(p, now), share(p.request.tenant)) for p in processes), model.last_run, model)
             for model, processes in ready
         ]
         return [model for *_, model in sorted(keyed, key=lambda entry: entry[:3])]
@@ -360,6 +369,20 @@ class Scheduler:
         """Whether no other process has pages on the device."""
         others = (p for active in self._active.values() for p in active.values() if p is not process)
         return not any(_on_device(p) for p in (*others, *self.idle.values()) if p is not process)
+
+
+def _candidate(process: Process) -> Candidate:
+    limit = process.request.deadline_s
+    return Candidate(
+        pid=process.pid,
+        tenant=process.request.tenant,
+        model=process.request.model,
+        nice=process.nice,
+        prompt_tokens=process.prompt_tokens,
+        max_tokens=process.max_tokens,
+        submitted=process.submitted,
+        deadline=None if limit is None else process.submitted + limit,
+    )
 
 
 def _on_device(process: Process) -> bool:

@@ -9,9 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_os.api import commands as commands
+    from llm_os.api import enabled_plugins as enabled_plugins
     from llm_os.api import generate as generate
+    from llm_os.api import installed_plugins as installed_plugins
     from llm_os.api import open_image as open_image
-    from llm_os.api import plugins as plugins
     from llm_os.api import probe as probe
     from llm_os.drivers.simulation import Report as Report
     from llm_os.drivers.simulation import replay as replay
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from llm_os.drivers.store import Progress as Progress
     from llm_os.drivers.store import Store as Store
     from llm_os.drivers.store import StoredModel as StoredModel
+    from llm_os.kernel.compression import Pass as Pass
     from llm_os.kernel.config import Config as Config
     from llm_os.kernel.config import Tenant as Tenant
     from llm_os.kernel.driver import Batch as Batch
@@ -40,17 +43,36 @@ if TYPE_CHECKING:
     from llm_os.kernel.errors import FormatError as FormatError
     from llm_os.kernel.errors import ModelError as ModelError
     from llm_os.kernel.errors import ModelNotFound as ModelNotFound
+    from llm_os.kernel.errors import PluginError as PluginError
     from llm_os.kernel.errors import Refused as Refused
     from llm_os.kernel.errors import RequestError as RequestError
     from llm_os.kernel.errors import StoreError as StoreError
     from llm_os.kernel.errors import Unsupported as Unsupported
+    from llm_os.kernel.filters import Filter as Filter
+    from llm_os.kernel.filters import TextFilter as TextFilter
+    from llm_os.kernel.grammar import Grammar as Grammar
+    from llm_os.kernel.grammar import Language as Language
+    from llm_os.kernel.grammar import Matcher as Matcher
+    from llm_os.kernel.hookspecs import CONTRACT as CONTRACT
+    from llm_os.kernel.hookspecs import ExitInfo as ExitInfo
+    from llm_os.kernel.hookspecs import RegisterCommand as RegisterCommand
     from llm_os.kernel.hookspecs import RegisterDriver as RegisterDriver
+    from llm_os.kernel.hookspecs import RegisterFilter as RegisterFilter
+    from llm_os.kernel.hookspecs import RegisterPass as RegisterPass
+    from llm_os.kernel.hookspecs import RegisterPolicy as RegisterPolicy
+    from llm_os.kernel.hookspecs import RegisterTool as RegisterTool
+    from llm_os.kernel.hookspecs import StepInfo as StepInfo
     from llm_os.kernel.hookspecs import hookimpl as hookimpl
     from llm_os.kernel.image import Image as Image
     from llm_os.kernel.image import TextDecoder as TextDecoder
     from llm_os.kernel.journal import Log as Log
     from llm_os.kernel.kernel import Kernel as Kernel
+    from llm_os.kernel.manifest import Manifest as Manifest
     from llm_os.kernel.memory import MemoryInfo as MemoryInfo
+    from llm_os.kernel.policy import Candidate as Candidate
+    from llm_os.kernel.policy import Fair as Fair
+    from llm_os.kernel.policy import Policy as Policy
+    from llm_os.kernel.policy import Share as Share
     from llm_os.kernel.process import ProcessInfo as ProcessInfo
     from llm_os.kernel.request import Chunk as Chunk
     from llm_os.kernel.request import Completion as Completion
@@ -63,12 +85,33 @@ if TYPE_CHECKING:
     from llm_os.kernel.residency import ModelInfo as ModelInfo
     from llm_os.kernel.stream import Stream as Stream
     from llm_os.kernel.swap import SwapStore as SwapStore
+    from llm_os.kernel.tool import Tool as Tool
 
 _HOMES = {
+    "kernel.compression": ("Pass",),
+    "kernel.filters": (
+        "Filter",
+        "TextFilter",
+    ),
+    "kernel.grammar": (
+        "Grammar",
+        "Language",
+        "Matcher",
+    ),
+    "kernel.manifest": ("Manifest",),
+    "kernel.policy": (
+        "Candidate",
+        "Fair",
+        "Policy",
+        "Share",
+    ),
+    "kernel.tool": ("Tool",),
     "api": (
+        "commands",
+        "enabled_plugins",
+        "installed_plugins",
         "generate",
         "open_image",
-        "plugins",
         "probe",
     ),
     "drivers.simulation": (
@@ -107,13 +150,22 @@ _HOMES = {
         "FormatError",
         "ModelError",
         "ModelNotFound",
+        "PluginError",
         "Refused",
         "RequestError",
         "StoreError",
         "Unsupported",
     ),
     "kernel.hookspecs": (
+        "CONTRACT",
+        "ExitInfo",
+        "RegisterCommand",
         "RegisterDriver",
+        "RegisterFilter",
+        "RegisterPass",
+        "RegisterPolicy",
+        "RegisterTool",
+        "StepInfo",
         "hookimpl",
     ),
     "kernel.image": (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from llm_os.kernel.config import Config
 from llm_os.kernel.driver import DeviceInfo
 from llm_os.kernel.image import Image
 from llm_os.kernel.kernel import Kernel
+from llm_os.kernel.manifest import Manifest, choose, installed
 from llm_os.kernel.plugins import Plugins
 from llm_os.kernel.request import Request, Sampling
 
@@ -24,12 +27,24 @@ def generate(model: str, prompt: str, *, config: Config | None = None, **samplin
 
 def probe(config: Config | None = None) -> list[DeviceInfo]:
     """What every registered driver finds on this machine."""
-    return Plugins(config or Config()).probe()
+    with closing(Plugins(config or Config())) as plugins:
+        return plugins.probe()
 
 
-def plugins(config: Config | None = None) -> list[str]:
-    """Names of the plugins that a kernel with this configuration would load."""
-    return Plugins(config or Config()).names
+def commands(config: Config | None = None) -> dict[str, tuple[Callable[..., Any], str]]:
+    """The commands that plugins add to `llm-os`: name -> (function, help)."""
+    with closing(Plugins(config or Config())) as plugins:
+        return plugins.commands
+
+
+def enabled_plugins(config: Config | None = None) -> list[Manifest]:
+    """The plugins that a kernel with this configuration would load, without loading them. Raises ConfigError."""
+    return choose((config or Config()).plugins)
+
+
+def installed_plugins() -> list[Manifest]:
+    """Every plugin that is installed here, enabled or not. Imports none of them."""
+    return list(installed().values())
 
 
 def open_image(model: str, config: Config | None = None) -> Image:
@@ -37,4 +52,5 @@ def open_image(model: str, config: Config | None = None) -> Image:
 
     Loads no weights and never downloads. Raises ModelNotFound, FormatError or Unsupported.
     """
-    return Plugins(config or Config()).open_image(model)
+    with closing(Plugins(config or Config())) as plugins:
+        return plugins.open_image(model)

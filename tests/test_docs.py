@@ -29,7 +29,7 @@ def test_every_hook_stands_in_the_docs_with_its_signature() -> None:
 def test_every_config_field_stands_in_the_docs_with_its_default() -> None:
     page = (ROOT / "docs" / "config.md").read_text()
     for name, default in zip(llm_os.Config.__struct_fields__, llm_os.Config.__struct_defaults__, strict=True):
-        shown = "{}" if name == "tenants" else f'"{default}"' if isinstance(default, str) else str(default)
+        shown = "{}" if name in ("tenants", "options") else f'"{default}"' if isinstance(default, str) else str(default)
         assert re.search(rf"^\| `{name}: [^`]+` \| `{re.escape(shown)}` \|", page, re.MULTILINE), name
 
 

@@ -15,6 +15,7 @@ from llm_os.kernel.config import Config
 from llm_os.kernel.core import Core
 from llm_os.kernel.driver import Sample
 from llm_os.kernel.loop import encode
+from llm_os.kernel.plugins import Plugins
 from llm_os.kernel.process import salt_of
 from llm_os.kernel.random import uniform
 from llm_os.kernel.request import Request, Sampling
@@ -27,7 +28,8 @@ class Machine:
 
     def __init__(self, **config: Any) -> None:
         self.config = Config(**{"driver": "sim", "memory": "64MiB", "frame_size": "64KiB", **config})
-        self.core = Core(self.config, self.config.budget(0))
+        policy = None if self.config.policy == "fair" else Plugins(self.config).open_policy()
+        self.core = Core(self.config, self.config.budget(0), policy)
         self.driver = SimDriver(self.config)
         self.now = 0.0
         self.pending: list[ev.Operation] = []

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from llm_os.kernel import events as ev
 from llm_os.kernel.accounting import INPUT, OUTPUT, Accounting
 from llm_os.kernel.config import Tenant
+from llm_os.kernel.policy import Fair
 
 TOKEN_S, BATCH_S = 0.01, 0.01
 
@@ -99,12 +100,6 @@ def every(seconds: float, tenant: str, until: float, start: float = 0.0, **field
 BACKLOG = [*every(0.03, "many", 40), *every(0.3, "few", 40)]  # 10 : 1, and each more than the machine can do
 
 
-@pytest.fixture
-def fifo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First come, first served: every tenant has had the same."""
-    monkeypatch.setattr(Accounting, "counter", lambda self, tenant: 0.0)
-
-
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_two_backlogged_tenants_that_arrive_ten_to_one_get_the_same(machine: type[Any], batch_size: int) -> None:
     life = Life(machine, BACKLOG, batch_size=batch_size).until(40)
@@ -113,15 +108,14 @@ def test_two_backlogged_tenants_that_arrive_ten_to_one_get_the_same(machine: typ
         assert life.served["many"] == pytest.approx(life.served["few"], rel=0.05)
 
 
-def test_first_come_first_served_would_not_pass(machine: type[Any], fifo: None) -> None:
-    life = Life(machine, BACKLOG, batch_size=4).until(40)
+def test_first_come_first_served_would_not_pass(machine: type[Any]) -> None:
+    life = Life(machine, BACKLOG, batch_size=4, policy="fifo").until(40)
     assert life.served["many"] > 5 * life.served["few"]
 
 
-def test_fairness_costs_no_throughput(machine: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fairness_costs_no_throughput(machine: type[Any]) -> None:
     fair = Life(machine, BACKLOG, batch_size=4).until(40)
-    monkeypatch.setattr(Accounting, "counter", lambda self, tenant: 0.0)
-    fifo = Life(machine, BACKLOG, batch_size=4).until(40)
+    fifo = Life(machine, BACKLOG, batch_size=4, policy="fifo").until(40)
     assert fair.served.total() >= 0.95 * fifo.served.total()
 
 
@@ -191,7 +185,7 @@ def test_the_gap_between_backlogged_tenants_is_bounded(
         tenant: (INPUT * max(p for p, _ in all_) + OUTPUT * slots * max(n for _, n in all_)) / weights[tenant]
         for tenant, all_ in (("a", a), ("b", b))
     }
-    counter = life.m.core.accounting.counter
+    counter = life.m.core.accounting.share
     for _ in life.steps():
         live = life.m.core.processes.values()
         if all(any(p.table and not p.active and p.request.tenant == t for p in live) for t in "ab"):
@@ -277,7 +271,8 @@ def test_what_is_used_and_reserved_is_never_more_than_the_quota(
 ) -> None:
     """An account beside the account: what was accepted always fits, what was refused would not have."""
     size = 4
-    accounting = Accounting({"t": Tenant(max_tokens=tokens, max_pages=pages, max_processes=processes)})
+    limits = Tenant(max_tokens=tokens, max_pages=pages, max_processes=processes)
+    accounting = Accounting({"t": limits}, Fair())
     held: list[tuple[Any, int]] = []  # with the tokens of each
     used = 0
     for kind, one, other in steps:

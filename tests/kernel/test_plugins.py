@@ -10,15 +10,19 @@ import pytest
 
 import llm_os
 
-Install = Callable[[str, str], None]
+Install = Callable[..., None]
 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Puts a distribution with one plugin module on the path, as an installer would."""
+    """Puts a distribution with one plugin, a package with its manifest, on the path, as an installer would."""
 
-    def install(name: str, source: str) -> None:
-        (tmp_path / f"{name}.py").write_text(source)
+    def install(name: str, source: str, *hooks: str, manifest: str | None = None) -> None:
+        package = tmp_path / name
+        package.mkdir()
+        (package / "__init__.py").write_text(source)
+        table = f'[{name}]\nsummary = "for a test"\ncontract = {llm_os.CONTRACT}\nhooks = {list(hooks)}\n'
+        (package / "llm_os.toml").write_text(table if manifest is None else manifest)
         info = tmp_path / f"{name}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -49,14 +53,15 @@ def ask(kernel: llm_os.Kernel, model: str, prompt: str) -> str:
 
 
 def test_a_plugin_is_asked_before_built_ins_and_only_if_it_is_named(install: Install) -> None:
-    install("shout_plugin", SHOUT)
+    install("shout_plugin", SHOUT, "open_image")
     with llm_os.Kernel(llm_os.Config(driver="sim")) as plain:
         expected, quiet = ask(plain, "sim:a", "HELLO"), ask(plain, "sim:a", "hello")
     with llm_os.Kernel(llm_os.Config(driver="sim", plugins=("shout_plugin",))) as loud:
         assert ask(loud, "sim:a", "hello") == expected != quiet
         assert len(ask(loud, "sim:b", "hello")) == 8
-    assert "shout_plugin" in llm_os.plugins(llm_os.Config(plugins=("shout_plugin",)))
-    assert "shout_plugin" not in llm_os.plugins()
+    enabled = llm_os.enabled_plugins(llm_os.Config(plugins=("shout_plugin",)))
+    assert [manifest.version for manifest in enabled if manifest.name == "shout_plugin"] == ["1.0"]
+    assert "shout_plugin" not in [manifest.name for manifest in llm_os.enabled_plugins()]
 
 
 DRIVER = """
@@ -74,7 +79,7 @@ def register_drivers(register):
 
 
 def test_a_plugin_adds_a_driver_and_a_raising_probe_does_not_hide_the_others(install: Install) -> None:
-    install("driver_plugin", DRIVER)
+    install("driver_plugin", DRIVER, "register_drivers")
     config = llm_os.Config(driver="mine", plugins=("driver_plugin",))
     with llm_os.Kernel(config) as kernel:
         assert len(ask(kernel, "sim:a", "hello")) == 8
@@ -93,6 +98,6 @@ def test_a_plugin_adds_a_driver_and_a_raising_probe_does_not_hide_the_others(ins
 )
 def test_a_plugin_that_cannot_be_used_is_named(install: Install, source: str, message: str) -> None:
     name = f"bad_plugin_{abs(hash(source)) % 10**6}"
-    install(name, source)
+    install(name, source, "register_drivers")
     with pytest.raises(llm_os.ConfigError, match=message):
         llm_os.Kernel(llm_os.Config(driver="sim", plugins=(name,)))

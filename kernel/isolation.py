@@ -1,0 +1,260 @@
+"""Calls of plugins' code, so that one that raises, hangs or answers nonsense fails a call and not the kernel.
+
+    Lane      a thread for each plugin: calls run there one at a time, and may take so long. A call that takes longer is
+              given up: its thread is left to itself, a new one goes on with the next.
+    Guard     calls in the kernel's own thread, for what has to be quick. One that takes too long is interrupted by an
+              exception in that thread, which stops Python code but not a call into C (time.sleep, say).
+
+A plugin that fails three times in a row is off: its calls fail at once. Python in one process is no sandbox: this holds
+mistakes, not malice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from llm_os.kernel.errors import Error, PluginError
+
+T = TypeVar("T")
+
+MAX_FAILURES = 3
+_MAX_EVENTS = 1024
+_log = logging.getLogger("llm_os.plugins")
+
+
+class Health:
+    """How a plugin does."""
+
+    def __init__(self, plugin: str) -> None:
+        self.plugin = plugin
+        self.off: str | None = None  # why it is called no more
+        self._failures = 0
+
+    def well(self) -> None:
+        self._failures = 0
+
+    def failed(self, what: str) -> PluginError:
+        """Note a failure; the error to tell. Three in a row turn the plugin off."""
+        self._failures += 1
+        message = f"plugin {self.plugin!r}: {what}"
+        _log.error(message)
+        if self._failures >= MAX_FAILURES and self.off is None:
+            self.off = f"plugin {self.plugin!r} is off: it failed {MAX_FAILURES} times in a row, last: {what}"
+            _log.error(self.off)
+        return PluginError(message)
+
+
+class _Job:
+    """One call. `future` is None for an event, whose result nobody waits for."""
+
+    __slots__ = ("arguments", "function", "future", "hook")
+
+    def __init__(
+        self, hook: str, function: Callable[..., Any], arguments: tuple[Any, ...], future: Future[Any] | None
+    ) -> None:
+        self.hook, self.function, self.arguments, self.future = hook, function, arguments, future
+
+
+class Lane:
+    """One plugin's thread. Its calls may be made from any thread."""
+
+    def __init__(self, health: Health, limit_s: float) -> None:
+        self.health = health
+        self._limit_s = limit_s
+        self._jobs: deque[_Job] = deque()
+        self._ready = threading.Condition()  # guards everything below
+        self._current: tuple[_Job, float] | None = None  # what runs, and since when
+        self._thread: threading.Thread | None = None
+        self._waits = False  # the thread waits for a job
+        self._closed = False
+        self.missed = 0  # events that came too fast for the plugin
+
+    def call(self, hook: str, kind: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What `function(*arguments)` returns, which must be of type `kind` (or None).
+
+        Raises PluginError if it is not, if the call raises or takes too long, and an Error of ours as it is."""
+        if self.health.off is not None:
+            raise PluginError(self.health.off)
+        future: Future[Any] = Future()
+        self._put(_Job(hook, function, arguments, future))
+        try:
+            result = self._wait(future)
+        except PluginError:
+            raise
+        except Error:  # the plugin says no in our words
+            self.health.well()
+            raise
+        except Exception as error:
+            raise self.health.failed(f"{hook} raised {type(error).__name__}: {error}") from error
+        if result is not None and not isinstance(result, kind):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise self.health.failed(f"{hook} gave {type(result).__name__}, no {names}")
+        self.health.well()
+        return result
+
+    def post(self, hook: str, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call it for its effect, some time soon. Never waits."""
+        if self.health.off is not None:
+            return
+        if len(self._jobs) >= _MAX_EVENTS:
+            self.missed += 1
+            self._give_up()
+            return
+        self._put(_Job(hook, function, arguments, None))
+
+    def close(self) -> None:
+        """Let the thread end after what waits, and wait for that; as long as one call may take."""
+        with self._ready:
+            self._closed = True
+            self._ready.notify()
+            thread = self._thread
+        if thread is not None:
+            thread.join(self._limit_s)
+            if thread.is_alive():
+                _log.error("plugin %r: a call has not come back; its thread is left behind", self.health.plugin)
+
+    def _put(self, job: _Job) -> None:
+        with self._ready:
+            self._jobs.append(job)
+            if self._thread is None:
+                self._start()
+            elif self._waits:
+                self._waits = False
+                self._ready.notify()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name=f"llm-os-plugin-{self.health.plugin}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        me = threading.current_thread()
+        while True:
+            with self._ready:
+                if self._thread is not me:  # it was given up
+                    return
+                self._current = None
+                while not self._jobs:
+                    if self._closed:
+                        return
+                    self._waits = True
+                    self._ready.wait()
+                    if self._thread is not me:
+                        return
+                job = self._jobs.popleft()
+                self._current = (job, time.monotonic())
+            self._perform(job)
+            del job
+
+    def _perform(self, job: _Job) -> None:
+        try:
+            result = job.function(*job.arguments)
+        except BaseException as error:
+            if job.future is None:
+                self.health.failed(f"{job.hook} raised {type(error).__name__}: {error}")
+            else:
+                _settle(job.future, error=error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            return
+        if job.future is not None:
+            _settle(job.future, result)
+        elif result is not None:
+            self.health.failed(f"{job.hook} gave {type(result).__name__}; events return nothing")
+        else:
+            self.health.well()
+
+    def _wait(self, future: Future[Any]) -> Any:
+        """Each call has the whole limit, however long those before it took."""
+        while True:
+            with self._ready:
+                since = self._current[1] if self._current is not None else time.monotonic()
+            with suppress(TimeoutError):
+                return future.result(max(0.001, since + self._limit_s - time.monotonic()))
+            if future.done():  # it raised TimeoutError itself, or came at the last moment
+                return future.result()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Leave a call that takes too long to itself, and go on with the next one in another thread."""
+        with self._ready:
+            if self._current is None or time.monotonic() - self._current[1] < self._limit_s:
+                return
+            (job, _), self._current = self._current, None
+            self._start()
+        error = self.health.failed(f"{job.hook} took longer than {self._limit_s:g} s")
+        if job.future is not None:
+            _settle(job.future, error=error)
+
+
+class Guard:
+    """Calls in one thread, the kernel's; watched from another, which starts with the first of them."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._caller = 0
+        self._watched = False
+        self._closed = threading.Event()
+
+    def call(self, health: Health, hook: str, function: Callable[[Any], Any], argument: Any, check: Any) -> Any:
+        """What `function(argument)` returns if `check` says that it is good; None where it failed, or is off."""
+        if health.off is not None:
+            return None
+        if not self._watched:
+            self._watch()
+        self._caller, self._since = threading.get_ident(), time.monotonic()
+        try:
+            try:
+                result = function(argument)
+            finally:
+                self._leave()
+        except _Overrun:
+            self._leave()
+            health.failed(f"{hook} took longer than {self._limit_s:g} s")
+            return None
+        except Exception as error:
+            health.failed(f"{hook} raised {type(error).__name__}: {error}")
+            return None
+        if not check(result):
+            health.failed(f"{hook} gave {result!r:.80}")
+            return None
+        health.well()
+        return result
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._since = None
+
+    def _watch(self) -> None:
+        self._watched = True
+        threading.Thread(target=self._observe, name="llm-os-guard", daemon=True).start()
+
+    def _observe(self) -> None:
+        while not self._closed.wait(self._limit_s / 4):
+            with self._lock:  # the call cannot end while we interrupt it
+                if self._since is not None and time.monotonic() - self._since >= self._limit_s:
+                    self._since = None
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._caller), ctypes.py_object(_Overrun))
+
+
+class _Overrun(BaseException):
+    """Raised inside a call that takes too long. No `except Exception` of a plugin stops it."""
+
+
+def _settle(future: Future[Any], result: Any = None, error: Exception | None = None) -> None:
+    """The first to come counts: the call, or who gave it up."""
+    with suppress(Exception):  # InvalidStateError
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
