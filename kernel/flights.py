@@ -91,7 +91,7 @@ class Flights:
 
     def flying(self, *kinds: type) -> bool:
         """Whether an operation of one of these kinds is in flight."""
-        return any(self._kinds[kind] for kind in kinds)
+        return any(map(self._kinds.get, kinds))
 
     def concern(self, model: str) -> bool:
         """Whether an operation in flight names the model."""

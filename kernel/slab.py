@@ -50,7 +50,7 @@ class Slab:
         self.worth = 0.0  # seconds of computing that a byte of its KV saves
         self.moves = 0  # how often a page of this slab has changed its place
         self._closed_frames = 0  # frames that take no more pages: they are being cleared
-        self._free: dict[int, list[int]] = {}  # frame -> free slots, if it has any and is open
+        self._free: dict[int, list[int]] = {}  # frame -> free page numbers, if it has any and is open
         self._free_slots = 0
         self._held_open = 0  # held pages, and
         self._frames_held = 0  # frames with any, of those that are open
@@ -97,12 +97,12 @@ class Slab:
             if frame is None:
                 return None
             self.used[frame] = self.held[frame] = 0
-            self._free[frame] = list(reversed(range(self.slots)))
+            self._free[frame] = [*reversed(self._numbers(frame))]
             self._free_slots += self.slots
-        slots = self._free[frame]
-        number = frame * self.slots + slots.pop()
+        free = self._free[frame]
+        number = free.pop()
         self._free_slots -= 1
-        if not slots:
+        if not free:
             del self._free[frame]
         self.used[frame] += 1
         self.pages[number] = page
@@ -144,8 +144,7 @@ class Slab:
             self._hold(page.number // self.slots, -1)
 
     def pages_in(self, frame: int) -> list[Page]:
-        numbers = range(frame * self.slots, (frame + 1) * self.slots)
-        return [self.pages[number] for number in numbers if number in self.pages]
+        return [self.pages[number] for number in self._numbers(frame) if number in self.pages]
 
     def close_frame(self, frame: int) -> None:
         self._closed_frames += 1
@@ -155,13 +154,16 @@ class Slab:
 
     def open_frame(self, frame: int) -> None:
         self._closed_frames -= 1
-        used = {number % self.slots for number in self.pages if number // self.slots == frame}
-        free = [slot for slot in reversed(range(self.slots)) if slot not in used]
+        free = [number for number in reversed(self._numbers(frame)) if number not in self.pages]
         if free:
             self._free[frame] = free
             self._free_slots += len(free)
         self._held_open += self.held[frame]
         self._frames_held += self.held[frame] > 0
+
+    def _numbers(self, frame: int) -> range:
+        """Of the pages in a frame."""
+        return range(frame * self.slots, (frame + 1) * self.slots)
 
     def _hold(self, frame: int, change: int) -> None:
         before = self.held[frame]
@@ -171,13 +173,13 @@ class Slab:
             self._frames_held += (before + change > 0) - (before > 0)
 
     def _vacate(self, number: int, held: bool) -> None:
-        frame, slot = divmod(number, self.slots)
+        frame = number // self.slots
         closed = self.memory.is_clearing(frame)
         if held:
             self._hold(frame, -1)
         self.used[frame] -= 1
         if not closed:
-            self._free.setdefault(frame, []).append(slot)
+            self._free.setdefault(frame, []).append(number)
             self._free_slots += 1
         if not self.used[frame]:
             del self.used[frame], self.held[frame]
@@ -217,7 +219,7 @@ class Slab:
         assert frames_held == self._frames_held
         assert held_open == self._held_open
         assert free_slots == self._free_slots
-        numbers = {frame * slots + slot for frame, free in self._free.items() for slot in free}
+        numbers = set().union(*self._free.values())
         assert len(numbers) == free_slots, "a slot is free twice, or in a frame that is not the slab's"
         assert self.pages.keys().isdisjoint(numbers), "a free slot is in use"
 

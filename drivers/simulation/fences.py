@@ -25,7 +25,7 @@ class _Pages:
         self.page_tokens = placement.page_tokens
         self.total = placement.pages
         self.slots = slots
-        self.named: Counter[int] = Counter()
+        self.named: dict[int, int] = {}  # how many operations name it
         self.written: set[int] = set()
         self.runs = 0
         self.salts: dict[int, int] = {}  # the tenant of what was last written
@@ -74,10 +74,12 @@ class Fences:
             case ev.Run() | ev.Copy() | ev.SwapOut() | ev.SwapIn():
                 pages, named, written = self._flights.pop(operation.id)
                 pages.runs -= isinstance(operation, ev.Run)
+                counts = pages.named
                 for page in named:
-                    pages.named[page] -= 1
-                    if not pages.named[page]:
-                        del pages.named[page]
+                    if counts[page] == 1:
+                        del counts[page]
+                    else:
+                        counts[page] -= 1
                 pages.written.difference_update(written)
             case ev.Load(_, model):
                 if failed:
@@ -167,7 +169,8 @@ class Fences:
             if page // slots in weights or not 0 <= page < pages.total:
                 raise Violation("frame", f"page {page} of {model} lies in the weights of {weights.get(page // slots)}")
         every = tuple(dict.fromkeys((*read, *written)))
-        named.update(every)
+        for page in every:
+            named[page] = named.get(page, 0) + 1
         writing.update(written)
         self._flights[id] = (pages, every, written)
 

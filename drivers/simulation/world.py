@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import cached_property
 from heapq import heappop, heappush
 from typing import Any
 
@@ -94,10 +95,10 @@ class World:
         events += self.workload.events(self.now) if stirs else []
         events += self._mischief(fault) if fault else []
         self.step(events + completed)
-        slow = self.judge.stuck(self.now, self.patience)
-        insist(slow is None, "starvation", f"process {slow.pid if slow else 0} has waited for {self.patience} seconds")
+        if (slow := self.judge.stuck(self.now, self.patience)) is not None:
+            raise Violation("starvation", f"process {slow.pid} has waited for {self.patience} seconds")
 
-    @property
+    @cached_property
     def patience(self) -> float:
         """Seconds within which everybody gets a token: those of better classes, then those before it, then its own."""
         config = self.plan.config
