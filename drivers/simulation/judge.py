@@ -12,6 +12,7 @@ from typing import Any
 from llm_os.drivers.simulation.host import TamperedImage
 from llm_os.drivers.simulation.pins import Pins
 from llm_os.drivers.simulation.plan import Plan
+from llm_os.drivers.simulation.shares import Shares
 from llm_os.drivers.simulation.story import Story
 from llm_os.drivers.simulation.violation import insist
 from llm_os.drivers.simulation.workload import Workload
@@ -38,6 +39,7 @@ class Judge:
         self._failing: set[str] = set()  # models whose operation failed in this step
         self._tickets: set[int] = set()  # that wait for a reply
         self.pins = Pins()
+        self._shares = Shares(plan)
         self._durable: Counter[int] = Counter()  # tokens of answers that are in the journal
         self._charges: list[tuple[Story, int]] = []  # of this step
         self._charged: Counter[int] = Counter()  # tokens of processes, computed or generated
@@ -70,6 +72,7 @@ class Judge:
             if not story.ran_first:
                 new.append(story)
             story.feed(rows, now)
+            self._shares.fed(story, rows)
         for story in new:
             self._check_order(story, waiting)
 
@@ -86,6 +89,7 @@ class Judge:
             if isinstance(row, RowError):
                 story.excused = story.excused or row.message
             elif rows.sample is not None:
+                self._shares.answered(story)
                 story.ran(rows, row, now)
 
     def failed(self, operation: ev.Operation, why: str, ready: Collection[str] = ()) -> None:
@@ -176,6 +180,7 @@ class Judge:
 
     def _end(self, story: Story, reason: str, how: object) -> None:
         del self._workload.live[story.pid]
+        self._shares.ended(story)
         self.ends[reason] += 1
         self.last = how
         self._workload.unread.append(story)
@@ -225,6 +230,7 @@ class Judge:
         for story, tokens in self._charges:
             self._charge(story, tokens)
         self._charges.clear()
+        self._shares.stepped(self._workload.live.values())
         insist(processes <= self._plan.config.queue_limit, "queue", f"{processes} processes live")
 
     def hangs(self, now: float, seconds: float) -> None:
@@ -254,7 +260,7 @@ class Judge:
         self._lost = False
         self._tampered.clear()
         self._tickets.clear()
-        self.pins = Pins()
+        self.pins, self._shares = Pins(), Shares(self._plan)
         self._durable.clear()
         self._charges.clear()
         self._charged.clear()

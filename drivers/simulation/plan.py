@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from llm_os.drivers.simulation.chooser import Chooser
 from llm_os.kernel.config import Config, Tenant
 
 FRAME = 4096
 UNIT = 2.0**-24  # seconds; so short that a swap can be cheaper than computing; sums of whole units are exact
+_BACKLOGGED = 12  # one machine in so many has a backlog
+_BACKLOG = 6
 STATE = Path("state")  # in the simulated file system
 
 
@@ -35,6 +37,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     rest: int  # one turn in so many brings something new
     burst: int  # requests at once, at most
     swap_units: int  # that a swap takes at most
+    backlog: int = 0  # if not 0, all want one model, and each tenant has so many requests more waiting than can run
 
 
 def draw(chooser: Chooser) -> Plan:
@@ -42,7 +45,7 @@ def draw(chooser: Chooser) -> Plan:
     frames = 20 + below(21)
     models = tuple(_model(chooser, name, frames // 2) for name in "abcd"[: 1 + below(4)])
     tenants = ("", "alice", "bob")[: 1 + below(3)]
-    return Plan(
+    plan = Plan(
         config=Config(
             driver="sim",
             memory=frames * FRAME,
@@ -67,6 +70,22 @@ def draw(chooser: Chooser) -> Plan:
         burst=1 + below(8),
         swap_units=pick((0, 0, 3, 40)),
     )
+    return _backlogged(plan, chooser) if below(_BACKLOGGED) == _BACKLOGGED - 1 else plan
+
+
+def _backlogged(plan: Plan, chooser: Chooser) -> Plan:
+    """The same machine, with a backlog of each of several tenants whose weights differ: shares show there only."""
+    tenants = ("", "alice", "bob")[: 2 + chooser.below(2)]
+    first, slots = chooser.below(2), 1 + chooser.below(3)
+    config = structs.replace(
+        plan.config,
+        batch_size=slots,
+        queue_limit=2 * len(tenants) * (slots + _BACKLOG + 1),
+        prefix_cache=False,
+        queue_s=None,
+        tenants={name: Tenant(weight=(1.0, 3.0)[(at + first) % 2]) for at, name in enumerate(tenants)},
+    )
+    return structs.replace(plan, config=config, models=plan.models[:1], tenants=tenants, backlog=_BACKLOG)
 
 
 def _tenant(chooser: Chooser) -> Tenant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from llm_os.kernel.loop import encode
 from llm_os.kernel.process import Process
 from llm_os.kernel.request import Request, Sampling
 
+_STEADY = 80  # turns, between two changes of a backlog
 _UNKNOWN = "sim:nobody"
 
 
@@ -33,6 +35,10 @@ class Workload:
         self._plan = plan
         self._chooser = chooser
         self._count = 0
+        self._away = (
+            {*plan.tenants[1:]} if plan.backlog and chooser.below(2) else set[str]()
+        )  # who asks for nothing now
+        self._lengths: dict[str, tuple[int, int]] = {}  # of a tenant's prompts and answers
         acts: list[tuple[int, Callable[[float], list[ev.Event]]]] = [
             (12, self._burst),
             (3, self._fork),
@@ -57,11 +63,15 @@ class Workload:
 
     def stirs(self) -> bool:
         """Whether something comes in this turn; mostly nothing does."""
+        if self._plan.backlog:
+            return bool(self._short()) or self._chooser.below(_STEADY) == _STEADY - 1
         return self._chooser.below(self._plan.rest) == self._plan.rest - 1
 
     def events(self, now: float) -> list[ev.Event]:
         """What comes."""
         self.now = now
+        if self._plan.backlog:
+            return self._steady(now)
         return self._chooser.pick(self._acts)(now)
 
     def submit(self, model: str, prompt: str, now: float, *, chat: bool = False, **fields: Any) -> ev.Submit:
@@ -113,6 +123,33 @@ class Workload:
                 "temperature": float(below(2)),
             },
         )
+
+    # -- a backlog -----------------------------------------------------------------------------------------------------
+
+    def _short(self) -> list[str]:
+        """Tenants that are here and have too few requests waiting."""
+        waiting = Counter(story.request.tenant for story in self.live.values() if not story.ran_first)
+        enough = self._plan.config.batch_size + self._plan.backlog
+        return [tenant for tenant in self._plan.tenants if tenant not in self._away and waiting[tenant] < enough]
+
+    def _steady(self, now: float) -> list[ev.Event]:
+        """More of what each tenant always asks; or a tenant goes or comes back, or changes its mind about a request."""
+        if short := self._short():
+            return [self._usual(tenant, now) for tenant in short]
+        if self._chooser.below(4) == 3:
+            return self._kill(now) + self._read(now)
+        self._away = set() if self._away else {self._chooser.pick(self._plan.tenants)}
+        return self._read(now)
+
+    def _usual(self, tenant: str, now: float) -> ev.Event:
+        """Of one tenant all requests have about the same lengths."""
+        below, at = self._chooser.below, self._plan.tenants.index(tenant)
+        if tenant not in self._lengths:
+            self._lengths[tenant] = self._chooser.pick(((1, 8), (7, 1), (4, 4)))
+        prompt, answer = self._lengths[tenant]
+        text = "ijk"[at] * below(prompt) + chr(97 + below(26))
+        sampling = {"max_tokens": 1 + below(answer), "temperature": 0.0}
+        return self.submit(self._plan.models[0], text, now, tenant=tenant, sampling=sampling)
 
     def _again(self, now: float) -> list[ev.Event]:
         """What somebody has asked before."""
@@ -190,6 +227,7 @@ class Workload:
 
     def unblock(self, story: Story, said: tuple[int, ...] = ()) -> ev.Event:
         ticket = self.next_id()
+        self.blocks = {asked: other for asked, other in self.blocks.items() if other is not story}  # it comes too late
         self.gifts[ticket] = story
         story.offer(said)
         story.progress = self.now
