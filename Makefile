@@ -37,8 +37,9 @@ sim: dev ## run the kernel in a simulated world full of faults: 300 seeds, some 
 planted-bugs: dev ## bugs planted in copies of the kernel: the simulator must find each
 	@$(BIN)/python tests/planted_bugs.py
 
-bench-kernel: dev ## what the kernel itself costs: simulated steps a second, time of a step, bytes of tables
+bench-kernel: dev ## what the kernel itself costs: simulated steps a second, time of a step, bytes of tables, hooks
 	@$(BIN)/python tests/benchmarks/kernel.py
+	@$(BIN)/python tests/benchmarks/hooks.py
 
 lint: dev ## ruff, formatting included
 	@$(BIN)/ruff check .

@@ -54,6 +54,13 @@ class Plugins:
         except BaseException:
             self.close()
             raise
+        self._listeners = {
+            hook: [
+                (self._lanes[i.plugin_name], i.function, i.argnames)
+                for i in getattr(self._manager.hook, hook).get_hookimpls()
+            ]
+            for hook in ("booted", "step_finished", "process_exited", "halting")
+        }
         self.filtering = bool(self._filters) or self._wants("admit")  # requests go through plugins on their way
         self.watching = self.filtering or self._wants("step_finished") or self._wants("process_exited")
 
@@ -251,9 +258,8 @@ class Plugins:
 
     def tell(self, hook: str, **values: Any) -> None:
         """An event, to every plugin that wants it. Never waits, never raises."""
-        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
-            lane = self._lanes[implementation.plugin_name]
-            lane.post(hook, implementation.function, *(values[name] for name in implementation.argnames))
+        for lane, function, names in self._listeners[hook]:
+            lane.post(hook, function, *[values[name] for name in names])
 
     def _wants(self, hook: str) -> bool:
         return bool(getattr(self._manager.hook, hook).get_hookimpls())
