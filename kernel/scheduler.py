@@ -27,7 +27,7 @@ others may take from it: so somebody gets on every turn.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from llm_os.kernel.accounting import Accounting
 from llm_os.kernel.config import Config
@@ -38,6 +38,7 @@ from llm_os.kernel.residency import Model
 
 # class, share of the tenant, rank of the process, since when it waits, pid: the least is first
 Order = tuple[int, float, float, float, int]
+Planned = Sequence[tuple[Process, int]]  # a batch: processes, each with how many tokens
 
 _LAST = 1 << 60
 
@@ -225,14 +226,21 @@ class Scheduler:
                 return None
             active = self._active.setdefault(name, {})
             if len(active) >= self._batch_size:
-                last = max(active.values(), key=lambda other: self._rank(other, now))
-                if self.urgency(last, now) <= process.nice or last.flights:
+                last = self._last(active.values(), process.nice, now)
+                if last is None or last.flights:
                     del open_models[name]
                     continue
                 self.suspend(last, now)
             if not self._activate(process, open_models[name], order[0], now):
                 return process
         return None
+
+    def _last(self, active: Iterable[Process], nice: int, now: float) -> Process | None:
+        """The last of the active processes, if its class is later than `nice`."""
+        if max(other for other, count in self._nices.items() if count) <= nice:  # no class is later than its nice
+            return None
+        last = max(active, key=lambda process: self._rank(process, now))
+        return last if self.urgency(last, now) > nice else None
 
     def _activate(self, process: Process, model: Model, urgency: int, now: float) -> bool:
         """Give it pages for all its tokens, or bring them back. False if there is no room yet."""
@@ -280,9 +288,8 @@ class Scheduler:
             assert table is not None
             count = min(process.remaining, budget)
             needed = table.shortage(process.computed, process.computed + count)
-            if needed and not self._secure(
-                process, model, needed, (process.nice, process.seniority), now, {p.pid for p, _ in batch}
-            ):
+            rank = process.nice, process.seniority
+            if needed and not self._secure(process, model, needed, rank, now, batch):
                 if self._pager.freeing or self._spare(model):
                     continue
                 if not batch and self._alone(process):
@@ -296,15 +303,10 @@ class Scheduler:
         return batch, None
 
     def _secure(
-        self,
-        process: Process,
-        model: Model,
-        needed: int,
-        rank: tuple[int, int],
-        now: float,
-        batch: frozenset[int] | set[int] = frozenset(),
+        self, process: Process, model: Model, needed: int, rank: tuple[int, int], now: float, batch: Planned = ()
     ) -> bool:
-        """Take pages from others until so many can be placed. False if there are none to be had, or none yet."""
+        """Take pages from others, but those in `batch`, until so many can be placed. False if there are none to be had,
+        or none yet."""
         assert process.table is not None
         slab = process.table.slab
         while not self._pager.room_for(slab, needed):
@@ -320,7 +322,7 @@ class Scheduler:
         return True
 
     def _victims(
-        self, process: Process, model: Model, rank: tuple[int, int], now: float, batch: frozenset[int] | set[int]
+        self, process: Process, model: Model, rank: tuple[int, int], now: float, batch: Planned
     ) -> Iterator[Process]:
         """Whose pages go first."""
         idle = self.last_idle(process, now)
@@ -329,6 +331,7 @@ class Scheduler:
             return
         if self._spare(model):
             return
+        spared = {p.pid for p, _ in batch}
         later = [
             p
             for active in self._active.values()
@@ -336,7 +339,7 @@ class Scheduler:
             if self._rank(p, now) > rank
             and p is not process
             and not p.flights
-            and p.pid not in batch
+            and p.pid not in spared
             and p.table
             and p.table.pages
             and (p.ran or self.urgency(p, now) > rank[0])  # what is brought back is used before it goes again
