@@ -1,7 +1,7 @@
 """The doors of the kernel: what a plugin may implement. Entry-point group `llm_os`, contract version `CONTRACT`.
 
-A plugin is a module (or object) with functions named as below and marked with `llm_os.hookimpl`; a function may leave
-out arguments that it does not need. Built-ins come in through the same doors.
+A plugin is a module, or a class of which each kernel makes an object, with functions named as below and marked with
+`llm_os.hookimpl`; a function may leave out arguments that it does not need. Built-ins come in through the same doors.
 
     registrations   register_*    objects, given once at boot and composed by the kernel
     choices         open_*, compile_grammar, admit, pick_victim    the first answer that is not None counts

@@ -28,7 +28,7 @@ GROUP = "llm_os"
 _LARGEST = 65536  # bytes of the file
 Capability = Literal["files", "network", "subprocess", "secrets", "routes"]
 
-BUILT_IN = {  # name -> module; those that are on unless Config.plugins has "-NAME"
+BUILT_IN = {  # name -> module, or "module:Class"; those that are on unless Config.plugins has "-NAME"
     "formats": "llm_os.drivers.formats.plugin",
     "persistence": "llm_os.drivers.persistence.plugin",
     "drivers": "llm_os.drivers.plugin",
@@ -43,7 +43,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     name: str
     version: str  # of its distribution
     distribution: str
-    module: str  # what is imported when it is enabled
+    module: str  # what is imported when it is enabled; "module:Class" is made an object, one for each kernel
     summary: str = ""
     contract: int = 0
     hooks: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ def installed() -> dict[str, Manifest]:
         found[name] = _describe(name, module, "llm-os-runtime", None)
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         version = point.dist.version if point.dist else ""
-        manifest = _describe(point.name, point.module, point.dist.name if point.dist else "", version)
+        manifest = _describe(point.name, point.value, point.dist.name if point.dist else "", version)
         if point.name in found:
             problem = f"another plugin has the name {point.name!r} already, from {found[point.name].distribution}"
             if not found[point.name].built_in:  # neither is chosen by chance

@@ -68,7 +68,7 @@ class Plugins:
 
     def _enable(self, manifest: Manifest) -> None:
         try:
-            plugin: object = importlib.import_module(manifest.module)
+            plugin = _load(manifest.module)
         except Exception as error:
             raise ConfigError(
                 f"plugin {manifest.name!r} cannot be imported: {type(error).__name__}: {error}"
@@ -302,6 +302,15 @@ class _Guarded:
 
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _load(module: str) -> object:
+    """A module, or what "module:name" says in it. A class is made an object: one for each kernel."""
+    name, _, attribute = module.partition(":")
+    plugin: object = importlib.import_module(name)
+    for part in filter(None, attribute.split(".")):
+        plugin = getattr(plugin, part)
+    return plugin() if isinstance(plugin, type) else plugin
 
 
 def _arguments(registry: dict[str, tuple[Lane, Any]], what: str, config: Config, lane: Lane) -> dict[str, Any]:
