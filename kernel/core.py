@@ -146,7 +146,7 @@ class Core:
             case ev.Copy() | ev.SwapOut() | ev.SwapIn() | ev.Demote():
                 lost = self.pager.landed(flight, event)
                 if lost:
-                    for process in self.processes.values():
+                    for process in (*self.processes.values(), *self.table.zombies.values()):
                         self.pager.truncate(process, lost)
                 if isinstance(operation, ev.Copy):
                     if flight.places:
@@ -174,7 +174,7 @@ class Core:
     def schedule(self) -> None:
         self.table.expire(self._now)
         self.loader.tidy()
-        self.pager.demote()
+        self.pager.swapper.demote()
         before = None
         if not self.halting:
             before = self.faults.serve(self._now, self.processes.values, self.loader.fail)
@@ -258,7 +258,7 @@ class Core:
         return self.table.infos(self._now)
 
     def memory_info(self) -> MemoryInfo:
-        return self.residency.memory_info(self.pager.swap)
+        return self.residency.memory_info(self.pager.swapper.swap)
 
     def check(self) -> None:
         """The invariants of the ledger and the process table. Raises AssertionError."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from llm_os.kernel.events import Tier
 
 _SHARE = 0.25  # of the newest measurement
+_LARGE = 2**20  # bytes of a swap that takes much longer than to begin one
 
 
 class Costs:
@@ -17,6 +18,7 @@ class Costs:
     def __init__(self) -> None:
         self._load = 2e-9  # seconds a byte of weights
         self._compute = 7e-12  # seconds a byte of weights, times a token of a prompt
+        self._begin: dict[Tier, float] = {"host": 0.0, "disk": 0.0}  # seconds a swap, whatever its size
         self._swap: dict[Tier, float] = {"host": 5e-10, "disk": 2.5e-9}  # seconds a byte
 
     def load_s(self, weights: int) -> float:
@@ -27,7 +29,7 @@ class Costs:
 
     def swap_s(self, size: int, tier: Tier) -> float:
         """One way."""
-        return size * self._swap[tier]
+        return self._begin[tier] + size * self._swap[tier]
 
     def loaded(self, weights: int, seconds: float) -> None:
         self._load = _follow(self._load, weights, seconds)
@@ -38,7 +40,14 @@ class Costs:
             self._compute = _follow(self._compute, weights * tokens, seconds)
 
     def swapped(self, size: int, tier: Tier, seconds: float) -> None:
-        self._swap[tier] = _follow(self._swap[tier], size, seconds)
+        """One way. A small one says what it takes to begin, a large one what a byte takes."""
+        if seconds <= 0:
+            return
+        if size < _LARGE:
+            beginning = max(0.0, seconds - size * self._swap[tier])
+            self._begin[tier] += _SHARE * (beginning - self._begin[tier])
+        else:
+            self._swap[tier] = _follow(self._swap[tier], size, max(0.0, seconds - self._begin[tier]))
 
 
 def _follow(rate: float, amount: int, seconds: float) -> float:

@@ -99,4 +99,4 @@ def _check_swap(core: Core, slots: dict[int, Page], flights: list[Flight]) -> No
             slots.update(zip(flight.operation.slots, flight.pages, strict=True))
         elif isinstance(flight.operation, ev.Demote):
             demoting += sum(page.slab.page_bytes for page in flight.pages)
-    core.pager.swap.check(slots, demoting)
+    core.pager.swapper.swap.check(slots, demoting)

@@ -13,6 +13,7 @@ Every change of place is an operation. While it is in flight the processes conce
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 
 from llm_os.kernel import events as ev
 from llm_os.kernel.costs import Costs
@@ -24,6 +25,7 @@ from llm_os.kernel.prefix_cache import PrefixCache, page_key, root_key
 from llm_os.kernel.process import Process
 from llm_os.kernel.slab import Page, Slab
 from llm_os.kernel.swap import Swap
+from llm_os.kernel.swapper import Swapper
 
 
 class Pager:
@@ -32,9 +34,8 @@ class Pager:
     def __init__(self, memory: Memory, flights: Flights, costs: Costs, swap: Swap, sharing: bool) -> None:
         self.memory = memory
         self.cache = PrefixCache()
-        self.swap = swap
+        self.swapper = Swapper(flights, costs, swap, self.cache)
         self._flights = flights
-        self._costs = costs
         self._sharing = sharing
 
     @property
@@ -45,17 +46,47 @@ class Pager:
     # -- growth ------------------------------------------------------------------------------------------------------
 
     def room_for(self, slab: Slab, count: int) -> bool:
-        """Evict cached pages until so many pages can be placed. False, evicting nothing, when that is not enough."""
+        """Evict cached pages until so many pages can be placed. False if that is not enough, evicting nothing, or not
+        yet: pages that are quicker swapped than computed again are on their way (`freeing`)."""
         if slab.available >= count:
             return True
-        if slab.potential < count:
+        if self.freeing or slab.potential < count:
             return False
-        while slab.available < count:
-            page = self.cache.evict(lambda page: page.slab is slab or self._alone(page))
-            if page is None:
-                return False
+        for pages in self._least(slab, count - slab.available).values():
+            self._evict(pages)
+        return slab.available >= count
+
+    def _least(self, slab: Slab, count: int) -> dict[Slab, list[Page]]:
+        """The cached pages of least worth that make room for so many pages of `slab`: its own, and whole frames of
+        others. None if there are not so many."""
+        least: dict[Slab, list[Page]] = {slab: []}
+        frames: dict[tuple[Slab, int], list[Page]] = {}
+        with closing(self.cache.ranked()) as pages:
+            while count > 0 and (page := next(pages, None)) is not None:
+                if page.slab is slab:
+                    least[slab].append(page)
+                    count -= 1
+                elif self._alone(page):
+                    assert page.number is not None
+                    frame = page.number // page.slab.slots
+                    together = frames.setdefault((page.slab, frame), [])
+                    together.append(page)
+                    if len(together) == page.slab.used[frame]:
+                        least.setdefault(page.slab, []).extend(together)
+                        count -= slab.slots
+        return least if count <= 0 else {}
+
+    def _evict(self, pages: list[Page]) -> None:
+        """Swap or drop cached pages of one slab."""
+        for page in pages:
+            self.cache.leaves(page)
+        tier = self.swapper.tier_for(pages[0].slab, len(pages)) if pages else None
+        if tier is not None:
+            self.swapper.out(pages[0].slab, pages, tier)
+            return
+        for page in pages:
+            self.cache.remove(page)
             self.free(page)
-        return True
 
     def grow(self, process: Process, end: int) -> bool:
         """Make positions up to `end` writable. There is room (`room_for`). True if a page is being copied for it: the
@@ -179,7 +210,7 @@ class Pager:
         if page.number is not None:
             page.slab.vacate(page)
         if page.slot is not None:
-            self._discard(page)
+            self.swapper.discard(page)
 
     def forget(self, slab: Slab) -> None:
         """Drop what the cache has of a model."""
@@ -191,22 +222,15 @@ class Pager:
     # -- eviction ----------------------------------------------------------------------------------------------------
 
     def free_frames(self, count: int) -> None:
-        """Empty so many frames that hold nothing but cached pages, the least worth first. Pages that are quicker
-        swapped than computed again are swapped: their frames are free when that has landed."""
+        """Empty so many frames that hold nothing but cached pages, the least worth first. Those whose pages are swapped
+        are free when that has landed."""
         frames = [(slab, frame) for slab in self.memory.slabs.values() for frame in slab.reclaimable_frames()]
         frames.sort(key=lambda place: max(page.rent for page in place[0].pages_in(place[1])))
         leaving: dict[Slab, list[Page]] = {}
         for slab, frame in frames[: max(0, count)]:
-            pages = slab.pages_in(frame)
-            if self._better_swapped(slab, len(leaving.get(slab, ())) + len(pages)):
-                leaving.setdefault(slab, []).extend(pages)
-                continue
-            for page in pages:
-                self.cache.remove(page)
-                self.free(page)
-        for slab, pages in leaving.items():
-            if tier := self.swap.tier_for(len(pages) * slab.page_bytes):
-                self._swap_out(slab, pages, tier, ())
+            leaving.setdefault(slab, []).extend(slab.pages_in(frame))
+        for pages in leaving.values():
+            self._evict(pages)
 
     def take(self, process: Process) -> bool:
         """Take the device pages of a process that is not active: swap those that only it has, if that is quicker than
@@ -216,77 +240,18 @@ class Pager:
         for page in table.cut(table.slab.pages_for(process.computed)):  # nothing has been written to these
             self.let_go(page)
         pages = [page for page in table.pages if page.number is not None and page.references == 1 and not page.busy]
-        if pages and self._better_swapped(table.slab, len(pages)):
-            tier = self.swap.tier_for(len(pages) * table.slab.page_bytes)
-            assert tier is not None
-            self._swap_out(table.slab, pages, tier, (process,))
+        tier = self.swapper.tier_for(table.slab, len(pages)) if pages else None
+        if tier is not None:
+            self.swapper.out(table.slab, pages, tier, (process,))
             return False
         self.release(process)
         return True
-
-    def _better_swapped(self, slab: Slab, count: int) -> bool:
-        """Whether there is room in swap for so many pages, and the way there and back is shorter than computing."""
-        size = count * slab.page_bytes
-        if not self.swap.enabled:
-            return False
-        self._make_slots(size)
-        tier = self.swap.tier_for(size)
-        return tier is not None and 2 * self._costs.swap_s(size, tier) < size * slab.worth
-
-    def _make_slots(self, size: int) -> None:
-        """Forget swapped pages of the cache to make room in swap."""
-        while self.swap.tier_for(size) is None:
-            page = self.cache.evict(swapped=True)
-            if page is None:
-                return
-            self.free(page)
 
     def _alone(self, page: Page) -> bool:
         """Whether its frame holds nothing but cached pages."""
         assert page.number is not None
         frame = page.number // page.slab.slots
         return not page.slab.held[frame]
-
-    # -- swap --------------------------------------------------------------------------------------------------------
-
-    def _swap_out(self, slab: Slab, pages: Sequence[Page], tier: ev.Tier, processes: tuple[Process, ...]) -> None:
-        slots = self.swap.claim(pages, tier)
-        numbers = tuple(page.number for page in pages if page.number is not None)
-        operation = ev.SwapOut(self._flights.next_id(), slab.model, numbers, slots, tier)
-        self._flights.start(operation, processes, tuple(pages))
-
-    def swap_in(self, process: Process) -> bool:
-        """Bring back the swapped pages of a process. There is room. False if a page of it is on its way somewhere."""
-        assert process.table is not None
-        pages = process.table.swapped
-        if any(page.busy for page in pages):
-            return False
-        slab = process.table.slab
-        for page in pages:
-            placed = slab.place(page)
-            assert placed, "swap_in was called without room"
-        numbers = tuple(page.number for page in pages if page.number is not None)
-        slots = tuple(page.slot for page in pages if page.slot is not None)
-        operation = ev.SwapIn(self._flights.next_id(), slab.model, slots, numbers)
-        self._flights.start(operation, (process,), tuple(pages))
-        slab.moves += 1
-        return True
-
-    def demote(self) -> None:
-        """Move the oldest pages from host memory to disk, when host memory is nearly full."""
-        if self._flights.flying(ev.Demote):
-            return
-        pages = self.swap.surplus()
-        if pages:
-            self.swap.begin_demotion(pages)
-            slots = tuple(page.slot for page in pages if page.slot is not None)
-            self._flights.start(ev.Demote(self._flights.next_id(), "", slots), (), tuple(pages))
-
-    def _discard(self, page: Page) -> None:
-        assert page.slot is not None
-        self.swap.release((page.slot,))
-        self._flights.emit(ev.Discard((page.slot,)))
-        page.slot = None
 
     # -- moves -------------------------------------------------------------------------------------------------------
 
@@ -334,43 +299,27 @@ class Pager:
                     else:
                         page.slab.moved(page, place)
             case ev.SwapOut(slots=slots, tier=tier):
-                self._swapped_out(flight, slots, tier, failed)
+                if failed:
+                    self._not_swapped_out(flight, slots)
+                else:
+                    self.swapper.out_landed(flight, slots, tier)
             case ev.SwapIn(slots=slots):
-                result = event.result
-                good = result if not failed and isinstance(result, tuple) and len(result) == len(slots) else ()
-                for index, page in enumerate(flight.pages):
-                    tier = self.swap.tier(slots[index])
-                    self._discard(page)
-                    if not good or good[index] is not True:
-                        lost.append(page)
-                        page.slab.vacate(page)
-                        if page.cached:
-                            self.cache.remove(page)
-                if not lost:
-                    size = sum(page.slab.page_bytes for page in flight.pages)
-                    self._costs.swapped(size, tier, self._flights.now - flight.started)
+                lost = self.swapper.back_landed(flight, slots, None if failed else event.result)
             case ev.Demote(slots=slots):
-                self.swap.end_demotion(slots, moved=not failed)
+                self.swapper.swap.end_demotion(slots, moved=not failed)
         for page in flight.pages:
             self.let_go(page)
         return lost
 
-    def _swapped_out(self, flight: Flight, slots: tuple[int, ...], tier: ev.Tier, failed: bool) -> None:
-        if failed:  # whoever needs the room does not wait for another try: these pages will be computed again
-            self.swap.release(slots)
-            for page in flight.pages:
-                if page.cached:
-                    self.cache.remove(page)
-            for process in flight.processes:
-                if not process.flights:
-                    self.release(process)
-            return
-        size = 0
-        for page, slot in zip(flight.pages, slots, strict=True):
-            page.slab.vacate(page)
-            page.slot = slot
-            size += page.slab.page_bytes
-        self._costs.swapped(size, tier, self._flights.now - flight.started)
+    def _not_swapped_out(self, flight: Flight, slots: tuple[int, ...]) -> None:
+        """Whoever needs the room does not wait for another try: these pages will be computed again."""
+        self.swapper.swap.release(slots)
+        for page in flight.pages:
+            if page.cached:
+                self.cache.remove(page)
+        for process in flight.processes:
+            if not process.flights:
+                self.release(process)
 
     def uncopied(self, process: Process) -> None:
         """The copy that it was to write on has failed: there is nothing on it."""

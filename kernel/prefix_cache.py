@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from heapq import heapify, heappop, heappush
 from itertools import chain
 
@@ -97,23 +98,31 @@ class PrefixCache:
         heappush(heap, (page.rent, self._serial, page))
         self._tidy(heap)
 
-    def evict(self, fits: Callable[[Page], bool] = lambda page: True, swapped: bool = False) -> Page | None:
-        """Forget the page of least rent of those that nobody holds, on the device (or in swap), and that fit."""
+    def ranked(self, swapped: bool = False) -> Generator[Page]:
+        """Those that nobody holds, on the device (or in swap), the least worth first. Not while any of them changes."""
         heap = self._swapped if swapped else self._device
-        passed = []
-        found = None
-        while heap:
-            entry = heappop(heap)
-            if not _resting(entry) or (entry[2].number is None) is not swapped:
-                continue
-            if not entry[2].busy and fits(entry[2]):
-                found = entry[2]
-                break
-            passed.append(entry)
-        for entry in passed:
-            heappush(heap, entry)
+        seen = []
+        try:
+            while heap:
+                entry = heappop(heap)
+                if _resting(entry) and (entry[2].number is None) is swapped:
+                    seen.append(entry)
+                    if not entry[2].busy:
+                        yield entry[2]
+        finally:
+            for entry in seen:
+                heappush(heap, entry)
+
+    def leaves(self, page: Page) -> None:
+        """It is evicted, to be dropped or swapped: who is used from now on is worth more than it was."""
+        self._inflation = max(self._inflation, page.rent)
+
+    def evict_swapped(self) -> Page | None:
+        """Forget the page of least rent of those in swap that nobody holds."""
+        with closing(self.ranked(swapped=True)) as pages:
+            found = next(pages, None)
         if found is not None:
-            self._inflation = max(self._inflation, found.rent)
+            self.leaves(found)
             self.remove(found)
         return found
 

@@ -256,7 +256,7 @@ class Scheduler:
             self.note_pages(process)
             return False
         if table.swapped:
-            if not self._pager.swap_in(process):
+            if not self._pager.swapper.back(process):
                 return False
         else:
             self._pager.grow(process, len(process.tokens))  # nobody who is admitted later can take this room
