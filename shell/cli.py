@@ -14,7 +14,7 @@ from typing import Literal, NoReturn
 from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 
 import llm_os
-from llm_os.shell import signals, stdio
+from llm_os.shell import extensions, signals, stdio
 
 
 def _examples(*lines: str) -> str:
@@ -86,6 +86,38 @@ app.command(
         "llm-os sim --replay regressions/token-7.json",
     ),
 )
+plugins = App(name="plugins", help="List, enable, disable and begin plugins.", help_epilogue="")
+app.command(plugins)
+plugins.command(
+    "llm_os.shell.plugins:list_plugins",
+    name="list",
+    help="List the plugins that are installed, and which are enabled.",
+    help_epilogue="",
+)
+plugins.command(
+    "llm_os.shell.plugins:info",
+    name="info",
+    help="Show what a plugin says of itself.",
+    help_epilogue="",
+)
+plugins.command(
+    "llm_os.shell.plugins:enable",
+    name="enable",
+    help="Load a plugin from now on. Asks first.",
+    help_epilogue="",
+)
+plugins.command(
+    "llm_os.shell.plugins:disable",
+    name="disable",
+    help="Load a plugin no more, however broken it is.",
+    help_epilogue="",
+)
+plugins.command(
+    "llm_os.shell.plugins:new",
+    name="new",
+    help="Write a plugin to begin with.",
+    help_epilogue=_examples("llm-os plugins new my-plugin --into ~/src"),
+)
 
 
 @app.command(help_epilogue="")
@@ -110,6 +142,7 @@ def main(arguments: Sequence[str]) -> int:
     stdio.prepare()
     with signals.handled():
         try:
+            _extend(arguments)
             code = app(list(arguments), exit_on_error=False, print_error=False, help_on_error=False)
             sys.stdout.flush()
             signals.check()
@@ -130,6 +163,18 @@ def main(arguments: Sequence[str]) -> int:
                 stdio.abandon_stdout()  # it may be what failed, and would fail again at the end
             stdio.say(f"llm-os: {_line(error)}")
             return 2 if _is_usage(error) else 1
+
+
+def _extend(arguments: Sequence[str]) -> None:
+    """Add what plugins offer, where it can matter: a command that is not ours, and the list of all commands."""
+    if arguments and arguments[0] not in ("--help", "-h") and (arguments[0] in app or arguments[0].startswith("-")):
+        return
+    known = {name for name in app if not name.startswith("-")}
+    found, problems = extensions.commands(known)
+    for name, (command, help) in found.items():
+        app.command(command, name=name, help=help)
+    for problem in problems:
+        stdio.say(f"llm-os: {problem}")
 
 
 def _interrupted() -> NoReturn:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import llm_os
-from llm_os.shell import signals
+from llm_os.shell import settings, signals
 from llm_os.shell.options import FLAG
 from llm_os.shell.progress import Waiting
 from llm_os.shell.stdio import printable
@@ -45,7 +45,9 @@ def doctor(*, json: Annotated[bool, FLAG] = False) -> int:
 def examine() -> dict[str, Any]:
     """Everything that `doctor` shows. Whatever fails on the way becomes one of `problems`."""
     problems: list[str] = []
-    drivers = [_driver(info) for info in _try(llm_os.probe, "the drivers cannot be asked", problems)]
+    config = next(iter(_try(lambda: [settings.config()], "the settings cannot be used", problems)), llm_os.Config())
+    probes = _try(lambda: llm_os.probe(config), "the drivers cannot be asked", problems)
+    drivers = [_driver(info) for info in probes or _try(llm_os.probe, "the drivers cannot be asked", problems)]
     for driver in drivers:
         if driver["driver"] == "cpu" and driver["unavailable"]:
             problems.append(f"the cpu driver cannot be used: {driver['unavailable']}")
@@ -56,7 +58,9 @@ def examine() -> dict[str, Any]:
         "torch": _version("torch"),
         "drivers": drivers,
         "store": _store(problems),
-        "plugins": _try(llm_os.plugins, "the plugins cannot be loaded", problems),
+        "plugins": [
+            each.name for each in _try(lambda: llm_os.enabled_plugins(config), "the plugins cannot be loaded", problems)
+        ],
         "problems": problems,
     }
     _misfits(drivers, problems)

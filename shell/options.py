@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 
 import llm_os
+from llm_os.shell import settings
 
 ANSWER = Group("Answer", sort_key=1)
 MACHINE = Group("Machine", sort_key=2)
@@ -56,5 +57,5 @@ class MachineOptions:
     """Threads of the cpu driver."""
 
     def config(self) -> llm_os.Config:
-        """Raises ConfigError for a value out of range."""
-        return llm_os.Config(**asdict(self))
+        """With what the settings file says. Raises ConfigError for a value out of range."""
+        return settings.config(**asdict(self))

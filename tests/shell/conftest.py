@@ -43,6 +43,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("LLM_OS_", "PYTHON"))}
     return inherited | {
         "LLM_OS_HOME": str(tmp_path / "home"),
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
         "PYTHONIOENCODING": "utf-8",
         "TERM": "xterm",
         "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers "where is the cursor?" here
