@@ -31,9 +31,10 @@ def check(core: Core) -> None:
     for flight in flights:
         if isinstance(flight.operation, ev.Run):
             _check_run(flight)
+    ended = State.ENDED
     for process in core.table.live.values():
         state, tokens = process.state, len(process.tokens)
-        assert state is not State.ENDED
+        assert state is not ended
         assert process.computed < (tokens or 1), "nothing is left to feed"
         assert not process.active or state in _ACTIVE
         assert not tokens or len(process.generated) <= process.max_tokens

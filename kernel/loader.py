@@ -15,6 +15,8 @@ from llm_os.kernel.pager import Pager
 from llm_os.kernel.processes import Processes
 from llm_os.kernel.residency import AWAY, Model, Residency, Where
 
+_NOWHERE = (*AWAY, Where.OPENING)  # on no device
+
 
 class Loader:
     """Answers for the models of one device."""
@@ -145,12 +147,12 @@ class Loader:
         leaving = model.leaving or self._table.halting
         if leaving and model.slab is not None and len(self._pager.cache):
             self._pager.forget(model.slab)
-        if model.where is Where.ON_DEVICE and leaving:
+        if leaving and model.where is Where.ON_DEVICE:
             self._residency.evict(model)
         elif model.where in AWAY and model.kv_on_device and not self._memory.slabs[model.name].used:
             if leaving or not model.live:
                 self._residency.release_kv(model)
-        elif model.where in (*AWAY, Where.OPENING) and not model.kv_on_device and not self._flights.concern(model.name):
+        elif model.where in _NOWHERE and not model.kv_on_device and not self._flights.concern(model.name):
             self._at_rest(model)
 
     def _at_rest(self, model: Model) -> None:

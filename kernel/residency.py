@@ -390,11 +390,11 @@ class Residency:
         return structs.replace(self._memory.info(scratch), host=swap.used["host"], disk=swap.used["disk"])
 
     def check(self) -> None:
-        slabs = self._memory.slabs
+        slabs, on_device, loading = self._memory.slabs, Where.ON_DEVICE, Where.LOADING
         for name, model in self.models.items():
             where = model.where
             if model.placement is not None:
                 assert where in _THERE, f"{name} is {where} and has extents"
-            assert where is not Where.ON_DEVICE or (model.placement and model.kv_on_device)
+            assert where is not on_device or (model.placement and model.kv_on_device)
             assert 0 <= model.blocked <= model.live
-            assert (name in slabs) == (model.kv_on_device or where is Where.LOADING)
+            assert (name in slabs) == (model.kv_on_device or where is loading)

@@ -191,6 +191,10 @@ class Slab:
 
     def check(self, clearing: Collection[int]) -> None:
         """Recounts its pages. `clearing` are the frames of the device that take no more pages."""
+        if not self.pages:
+            left = (self._closed_frames, self._free_slots, self._held_open, self._frames_held)
+            assert not (self.used or self.held or self._free or any(left)), "frames without pages stay with their slab"
+            return
         slots = self.slots
         used, held = dict.fromkeys(self.used, 0), dict.fromkeys(self.used, 0)
         for number, page in self.pages.items():

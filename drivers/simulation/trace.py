@@ -28,7 +28,7 @@ class Trace:
             self.story += [f"{step} at {clock} <- {event}"[:_WIDTH] for event in events]
 
     def actions(self, step: int, actions: Sequence[ev.Action]) -> None:
-        self._hash.update(repr([_gist(action) for action in actions]).encode())
+        self._hash.update(repr([_gist(action) for action in actions]).encode() if actions else b"[]")
         if self._tell:
             self.story += [f"{step} -> {action}"[:_WIDTH] for action in actions]
 

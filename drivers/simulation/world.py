@@ -124,10 +124,11 @@ class World:
     def step(self, events: list[ev.Event]) -> None:
         """One step of the core, judged; then its actions."""
         self.steps += 1
+        now = self.now
         self.judge.asked(events)
         self.trace.events(self.steps, self.clock, events)
         try:
-            actions = self.core.step(self.now, events)
+            actions = self.core.step(now, events)
             self.trace.actions(self.steps, actions)
             self.core.check()
         except Exception as error:
@@ -135,7 +136,7 @@ class World:
         crash = self.faults.at("step") == "crash"
         for action in actions[: self.chooser.below(len(actions) + 1) if crash else None]:
             self.act(action)
-        self.judge.stepped(self.now, sum(not process.restored for process in self.core.processes.values()))
+        self.judge.stepped(now, sum(not process.restored for process in self.core.processes.values()))
         if crash:
             self.crash()
 
