@@ -15,8 +15,8 @@ process's class suspends it; else who is active goes on until it ends, or its pa
 A class is a nice and all who wait with it. It becomes better by one for each `aging_s` that the one who waits longest
 has waited in all, at most as good as the best nice that is here: so waiting brings nobody before another of the same
 nice (that would make first come, first served of fair share), and after 39 * aging_s the worst class shares with the
-best. What a process has gained by then it keeps while it is active: waiting protects, but does not push. The same goes
-for an active process that gets into no batch.
+best. What a process has gained by then it keeps while it is active: waiting protects, but does not push. It ages on
+while it is active and gets into no batch.
 
 When pages run out, they are taken in this order: cached ones; of processes that are blocked, by what their waiting
 wastes (InferCept, Abhyankar et al., ICML 2024); of others that are not active; idle models' weights; of active
@@ -150,9 +150,11 @@ class Scheduler:
 
     def urgency(self, process: Process, now: float) -> int:
         """The class of a process now."""
-        if process.active:
+        if process.active and process.ran:
             waited = now - process.ran_at
             return process.urgency if waited < self._aging_s else self._aged(process.urgency, waited)
+        if process.active:  # it still waits for its first batch: for its pages to come back, say
+            return min(process.urgency, self._aged(process.nice, process.waited + now - process.queued))
         return self._class(process.nice, now)
 
     def _rank(self, process: Process, now: float) -> tuple[int, int]:
@@ -265,7 +267,7 @@ class Scheduler:
         if not process.seniority:
             self._seniority += 1
             process.seniority = self._seniority
-        process.active, process.urgency, process.ran, process.ran_at = True, urgency, False, now
+        process.active, process.urgency, process.ran = True, urgency, False
         unpaid = process.foreign(process.paid, len(process.tokens))
         self._accounting.admitted(process.request.tenant, process.nice, unpaid)
         process.paid = len(process.tokens)
