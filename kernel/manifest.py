@@ -34,7 +34,9 @@ BUILT_IN = {  # name -> module, or "module:Class"; those that are on unless Conf
     "drivers": "llm_os.drivers.plugin",
     "policies": "llm_os.plugins.policies",
 }
-OPTIONAL: dict[str, str] = {}  # built-ins that have to be enabled, as a stranger's
+OPTIONAL = {  # built-ins that have to be enabled, as a stranger's
+    "mcp": "llm_os.plugins.mcp:Mcp",
+}
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
