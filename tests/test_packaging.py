@@ -39,7 +39,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def modules() -> set[str]:
     files = {f"llm_os/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    return files | {f"llm_os/{path.name}" for path in (ROOT / "llm_os").glob("*.py")}
+    facade = [*(ROOT / "llm_os").glob("*.py"), *(ROOT / "llm_os" / "testing").rglob("*.py")]
+    return files | {str(path.relative_to(ROOT)) for path in facade}
 
 
 def test_the_wheel_holds_every_module_once_and_nothing_else(wheel: Path) -> None:
@@ -62,7 +63,7 @@ def test_the_installed_wheel_imports_from_itself(wheel: Path, tmp_path: Path) ->
 def test_every_package_folder_is_named_in_pyproject() -> None:
     named = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = {path.parent.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    assert named == {"llm_os"} | {"llm_os." + ".".join(folder.parts) for folder in folders}
+    assert named == {"llm_os", "llm_os.testing"} | {"llm_os." + ".".join(folder.parts) for folder in folders}
 
 
 @pytest.mark.parametrize("code", ["import llm_os", "import llm_os; llm_os.Kernel, llm_os.Request, llm_os.Store"])

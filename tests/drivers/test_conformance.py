@@ -1,380 +1,41 @@
-"""The driver contract, run against every driver. A driver author runs the same cases against their own.
-
-Each case speaks only to `kernel/driver.py`: it loads a model, lays out pages as the kernel would, and compares what a
-batch answers with what a lone process answers.
-"""
+"""Our own drivers keep the contract: the first users of the suite that every driver author has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import accumulate, islice
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from msgspec import structs
 
+import llm_os
 from llm_os.drivers.plugin import register_drivers
-from llm_os.kernel.config import Config
-from llm_os.kernel.driver import (
-    Batch,
-    DeviceMemory,
-    Driver,
-    DriverProbe,
-    Extent,
-    Move,
-    Placement,
-    Row,
-    Sample,
-    Sampled,
-    Sequence,
-)
-from llm_os.kernel.errors import Closed, DriverError
-from llm_os.kernel.image import Image
+from llm_os.kernel.driver import DriverProbe
 from llm_os.kernel.plugins import Plugins
+from llm_os.testing import DriverConformance
+from llm_os.testing.drivers import Bench
 
 PROBES: dict[str, DriverProbe] = {}
 register_drivers(lambda name, factory, probe: PROBES.__setitem__(name, probe))
-GREEDY = Sample(uniform=0.5)
-PROMPT = tuple(range(40, 90))
 
 
-class Bench:
-    """One driver with one model loaded, and an allocator as plain as can be: weights from the first frame on, pages
-    from the last frame down, nothing ever reused."""
+@pytest.mark.parametrize("driver", sorted(PROBES), scope="class")
+class TestBuiltIn(DriverConformance):
+    def make(self, config: llm_os.Config) -> llm_os.Driver:
+        with closing(Plugins(config)) as plugins:
+            return plugins.open_driver()
 
-    def __init__(self, driver: str, image: Image, model: str) -> None:
-        config = Config(driver=driver, memory="2GiB", precision="exact")
-        self.driver: Driver = Plugins(config).open_driver()
-        self.image, self.model = image, model
-        cost = self.driver.footprint(image, 512)
-        self.frame_bytes, self.frames = config.frame_bytes, config.budget(0) // config.frame_bytes
-        self.sizes = [-(-size // self.frame_bytes) for size in (*cost.extents, cost.workspace)]
-        fitting = [n for n in cost.page_tokens if n * cost.kv_bytes_per_token <= self.frame_bytes]
-        self.page_tokens = min(fitting, key=lambda n: abs(n - 16))
-        self.page_bytes = self.page_tokens * cost.kv_bytes_per_token
-        self.slots = self.frame_bytes // self.page_bytes
-        self.free = iter(
-            [frame * self.slots + slot for frame in reversed(range(self.frames)) for slot in range(self.slots)]
-        )
-        self.placement = self.place(0)
-        self.load()
-
-    def place(self, first: int) -> Placement:
-        """Weights and workspace from frame `first` on."""
-        starts = accumulate(self.sizes, initial=first)
-        extents = tuple(Extent(start, size) for start, size in zip(starts, self.sizes, strict=False))
-        return Placement(extents=extents, page_tokens=self.page_tokens, pages=self.frames * self.slots)
-
-    def load(self) -> None:
-        self.driver.load(self.model, self.image, self.placement).result(120)
-
-    @contextmanager
-    def unloaded(self) -> Iterator[None]:
-        self.driver.unload(self.model).result(60)
-        try:
-            yield
-        finally:
-            self.load()
-
-    @contextmanager
-    def other(self, placement: Placement) -> Iterator[str]:
-        """A second model, which gives everything back afterwards."""
-        self.driver.load("other", self.image, placement).result(120)
-        try:
-            yield "other"
-        finally:
-            self.driver.unload("other").result(60)
-            self.driver.release("other").result(60)
-
-    def pages(self, tokens: int) -> tuple[int, ...]:
-        return tuple(islice(self.free, -(-tokens // self.page_tokens)))
-
-    def run(self, *sequences: Sequence, model: str | None = None) -> tuple[Row, ...]:
-        return self.driver.run(Batch(model=model or self.model, sequences=sequences)).result(120)
-
-    def feed(self, tokens: tuple[int, ...], pages: tuple[int, ...], position: int = 0, **fields: Any) -> Sequence:
-        fields = {"pid": 1, "salt": 0, "sample": GREEDY, **fields}
-        return Sequence(tokens=tokens, position=position, pages=pages, **fields)
-
-    def answer(self, prompt: tuple[int, ...], count: int, sample: Sample = GREEDY) -> list[int]:
-        """What a lone process answers: the prompt at once, then token by token."""
-        pages = self.pages(len(prompt) + count)
-        tokens = list(prompt)
-        fed = 0
-        for _ in range(count):
-            (row,) = self.run(self.feed(tuple(tokens[fed:]), pages, fed, sample=sample))
-            assert isinstance(row, Sampled)
-            fed = len(tokens)
-            tokens.append(row.token)
-        return tokens[len(prompt) :]
-
-
-@pytest.fixture(scope="module", params=sorted(PROBES))
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    name = request.param
-    if why := PROBES[name]().unavailable:
-        pytest.skip(f"{name}: {why}")
-    if name == "sim":
-        model = "sim:conformance"
-    else:
-        path: Path = request.getfixturevalue("smollm2")
-        model = str(path)
-    image = Plugins(Config(driver=name)).open_image(model)
-    bench = Bench(name, image, model)
-    yield bench
-    bench.driver.close()
-    image.close()
-
-
-def token(row: Row) -> int:
-    assert isinstance(row, Sampled)
-    return row.token
-
-
-def prefilled(bench: Bench) -> tuple[Row, tuple[int, ...]]:
-    """Pages that hold PROMPT, and what `continued` answers from them."""
-    pages = bench.pages(len(PROMPT) + 2)
-    bench.run(bench.feed(PROMPT, pages))
-    return continued(bench, pages), pages
-
-
-def continued(bench: Bench, pages: tuple[int, ...], model: str | None = None) -> Row:
-    """The row after one more token, computed from the KV in `pages` and nothing else."""
-    (row,) = bench.run(bench.feed((7,), pages, len(PROMPT), sample=Sample(uniform=0.5, logprobs=5)), model=model)
-    assert isinstance(row, Sampled)
-    return row
-
-
-def test_a_prompt_in_any_chunks_gives_the_same_answer(bench: Bench) -> None:
-    expected = bench.answer(PROMPT, 4)
-    for chunk in (1, 7, 16, 33):
-        pages = bench.pages(len(PROMPT) + 4)
-        row: Row = None
-        for start in range(0, len(PROMPT), chunk):
-            part = PROMPT[start : start + chunk]
-            last = start + len(part) == len(PROMPT)
-            (row,) = bench.run(bench.feed(part, pages, start, sample=GREEDY if last else None))
-            assert (row is None) == (not last)
-        assert token(row) == expected[0], f"chunks of {chunk}"
-
-
-@pytest.mark.parametrize("company", [1, 7, 15])
-def test_rows_do_not_see_their_company(bench: Bench, company: int) -> None:
-    prompts = [tuple(range(40 + n, 60 + 3 * n)) for n in range(company + 1)]
-    alone = [bench.answer(prompt, 1)[0] for prompt in prompts]
-    batch = [
-        bench.feed(prompt, bench.pages(len(prompt) + 1), pid=n, sample=Sample(uniform=0.5, logprobs=3))
-        for n, prompt in enumerate(prompts)
-    ]
-    rows = bench.run(*batch)
-    assert [token(row) for row in rows] == alone
-    lone = bench.run(bench.feed(prompts[-1], bench.pages(100), sample=Sample(uniform=0.5, logprobs=3)))
-    assert lone[0] == rows[-1], "logprobs are equal bit for bit"
-
-
-def test_a_token_computed_again_in_a_prefill_is_the_one_that_was_decoded(bench: Bench) -> None:
-    answer = bench.answer(PROMPT, 8)
-    for kept in range(1, 8):
-        assert bench.answer((*PROMPT, *answer[:kept]), 1) == answer[kept : kept + 1]
-
-
-def test_pages_may_lie_anywhere_in_any_order(bench: Bench) -> None:
-    expected = bench.answer(PROMPT, 1)
-    pages = bench.pages(len(PROMPT) * 4)
-    scattered = tuple(reversed(pages[::2]))
-    (row,) = bench.run(bench.feed(PROMPT, scattered))
-    assert token(row) == expected[0]
-
-
-def test_a_copied_page_serves_as_the_original(bench: Bench) -> None:
-    expected = bench.answer(PROMPT, 2)
-    pages = bench.pages(len(PROMPT) + 2)
-    bench.run(bench.feed(PROMPT, pages))
-    copies = bench.pages(len(PROMPT) + 2)
-    moves = tuple(Move(source, target) for source, target in zip(pages, copies, strict=True))
-    bench.driver.copy(bench.model, moves).result(60)
-    other = tuple(reversed(PROMPT))
-    bench.run(bench.feed(other, pages))
-    (row,) = bench.run(bench.feed((expected[0],), copies, len(PROMPT)))
-    assert token(row) == expected[1]
-
-
-def test_stale_cells_beyond_the_end_are_not_read(bench: Bench) -> None:
-    pages = bench.pages(2 * len(PROMPT))
-    bench.run(bench.feed(PROMPT + PROMPT, pages))
-    (row,) = bench.run(bench.feed(PROMPT[:20], pages))
-    assert token(row) == bench.answer(PROMPT[:20], 1)[0]
-
-
-def test_sampling_is_a_function_of_the_uniform(bench: Bench) -> None:
-    samples = [Sample(uniform=n / 8, temperature=1.5) for n in range(8)]
-    first = [bench.answer(PROMPT, 1, sample)[0] for sample in samples]
-    rows = bench.run(
-        *(bench.feed(PROMPT, bench.pages(len(PROMPT)), pid=n, sample=sample) for n, sample in enumerate(samples))
-    )
-    assert [token(row) for row in rows] == first
-    assert len(set(first)) > 1
-
-
-def test_logprobs_are_reported_as_asked(bench: Bench) -> None:
-    for count in (0, 1, 20):
-        (row,) = bench.run(bench.feed(PROMPT, bench.pages(60), sample=Sample(uniform=0.5, logprobs=count)))
-        assert isinstance(row, Sampled) and row.logprob is not None and row.logprob <= 0
-        assert len(row.top) <= count
-        assert sorted(row.top, key=lambda pair: -pair[1]) == list(row.top)
-
-
-def test_an_unknown_model_fails_the_operation_and_nothing_else(bench: Bench) -> None:
-    calls: list[Callable[[], Any]] = [
-        lambda: bench.driver.run(Batch(model="nobody", sequences=(bench.feed((1,), (0,)),))),
-        lambda: bench.driver.unload("nobody"),
-        lambda: bench.driver.copy("nobody", (Move(0, 1),)),
-        lambda: bench.driver.swap_out("nobody", (0,)),
-        lambda: bench.driver.swap_in("nobody", (0,), (b"",)),
-        lambda: bench.driver.load(bench.model, bench.image, bench.placement),
-    ]
-    for call in calls:
-        with pytest.raises(DriverError):
-            call().result(60)
-    assert bench.answer(PROMPT, 1) == bench.answer(PROMPT, 1)
-
-
-def test_the_device_says_what_it_is_and_holds(bench: Bench) -> None:
-    info = bench.driver.info()
-    assert info.unavailable is None and info.device and info.total_bytes >= info.free_bytes > 0
-    cost = bench.driver.footprint(bench.image, 512)
-    frames = sum(extent.frames for extent in bench.placement.extents[:-1])
-    assert bench.driver.memory().weights <= sum(cost.extents) <= frames * 2**21
-
-
-def test_unload_gives_back_and_load_brings_back(bench: Bench) -> None:
-    expected = bench.answer(PROMPT, 3)
-    with bench.unloaded():
-        assert bench.driver.memory().weights == 0
-    assert bench.answer(PROMPT, 3) == expected
-
-
-def test_kv_outlives_its_models_weights(bench: Bench) -> None:
-    expected, pages = prefilled(bench)
-    with bench.unloaded():
-        pass
-    assert continued(bench, pages) == expected
-
-
-def test_pages_are_copied_and_swapped_while_their_model_is_not_loaded(bench: Bench) -> None:
-    expected, pages = prefilled(bench)
-    copies, third = bench.pages(len(PROMPT) + 2), bench.pages(len(PROMPT) + 2)
-    with bench.unloaded():
-        bench.driver.copy(bench.model, tuple(map(Move, pages, copies))).result(60)
-        contents = bench.driver.swap_out(bench.model, copies).result(60)
-        bench.driver.swap_in(bench.model, third, contents).result(60)
-    for table in (copies, third, pages):
-        assert continued(bench, table) == expected
-
-
-def test_swapped_pages_serve_in_other_places_as_they_did(bench: Bench) -> None:
-    expected, pages = prefilled(bench)
-    contents = bench.driver.swap_out(bench.model, pages).result(60)
-    assert len(contents) == len(pages)
-    assert all(0 < len(content) <= bench.page_bytes for content in contents)
-    bench.run(bench.feed(tuple(reversed(PROMPT)) + PROMPT[:2], pages))
-    others = tuple(reversed(bench.pages(2 * len(PROMPT))))[: len(pages)]
-    bench.driver.swap_in(bench.model, others, contents).result(60)
-    assert continued(bench, others) == expected
-    bench.driver.swap_in(bench.model, pages, contents).result(60)
-    assert continued(bench, pages) == expected
-
-
-def test_a_swap_that_does_not_fit_writes_nothing(bench: Bench) -> None:
-    expected, pages = prefilled(bench)
-    others = bench.pages(len(PROMPT) + 2)
-    bench.run(bench.feed(tuple(reversed(PROMPT)) + PROMPT[:2], others))
-    junk = bench.driver.swap_out(bench.model, others).result(60)
-    for contents in (junk[:-1], (*junk, junk[0]), (*junk[:-1], junk[-1][:-1]), (*junk[:-1], junk[-1] * 2)):
-        with pytest.raises(DriverError):
-            bench.driver.swap_in(bench.model, pages, contents).result(60)
-    for outside in (-1, bench.placement.pages):
-        with pytest.raises(DriverError):
-            bench.driver.swap_in(bench.model, (*pages[:-1], outside), junk).result(60)
-        with pytest.raises(DriverError):
-            bench.driver.swap_out(bench.model, (*pages[:-1], outside)).result(60)
-    assert continued(bench, pages) == expected
-
-
-def test_release_gives_the_kv_back_and_ends_it(bench: Bench) -> None:
-    expected, pages = prefilled(bench)
-    contents = bench.driver.swap_out(bench.model, pages).result(60)
-    with pytest.raises(DriverError):
-        bench.driver.release(bench.model).result(60)
-    assert continued(bench, pages) == expected, "a loaded model keeps its KV"
-    with bench.unloaded():
-        bench.driver.release(bench.model).result(60)
-        assert bench.driver.memory() == DeviceMemory(weights=0, kv=0)
-        calls: list[Callable[[], Any]] = [
-            lambda: bench.driver.swap_out(bench.model, pages),
-            lambda: bench.driver.swap_in(bench.model, pages, contents),
-            lambda: bench.driver.copy(bench.model, (Move(pages[0], pages[1]),)),
-        ]
-        for call in calls:
-            with pytest.raises(DriverError):
-                call().result(60)
-        bench.driver.release(bench.model).result(60)
-        bench.driver.release("nobody").result(60)
-    bench.run(bench.feed(PROMPT, pages))
-    assert continued(bench, pages) == expected
-
-
-def test_kept_kv_is_not_cut_in_another_way(bench: Bench) -> None:
-    expected, pages = prefilled(bench)
-    with bench.unloaded():
-        fewer = structs.replace(bench.placement, pages=bench.placement.pages - 1)
-        other = structs.replace(bench.placement, page_tokens=bench.page_tokens + 1)
-        for placement in (fewer, other):
-            with pytest.raises(DriverError):
-                bench.driver.load(bench.model, bench.image, placement).result(120)
-        assert bench.driver.memory().weights == 0
-    assert continued(bench, pages) == expected
-
-
-def test_frames_pass_to_another_models_pages_and_back(bench: Bench) -> None:
-    expected, pages = prefilled(bench)
-    held = bench.driver.memory().kv
-    with bench.other(bench.place(sum(bench.sizes))) as other:
-        for model in (other, bench.model, other):
-            bench.run(bench.feed(PROMPT, pages), model=model)
-            assert continued(bench, pages, model) == expected
-            assert bench.driver.memory().kv <= held, "one memory, whoever writes it"
-    bench.run(bench.feed(PROMPT, pages))
-    assert continued(bench, pages) == expected
-
-
-def test_frames_pass_to_weights_and_back(bench: Bench) -> None:
-    expected, pages = prefilled(bench)
-    held = bench.driver.memory().kv
-    placement = bench.place(min(min(pages) // bench.slots, bench.frames - sum(bench.sizes)))
-    extents = placement.extents
-    assert all(any(e.frame <= page // bench.slots < e.frame + e.frames for e in extents) for page in pages)
-    with bench.other(placement):
-        assert bench.driver.memory().kv <= held
-    bench.run(bench.feed(PROMPT, pages))
-    assert continued(bench, pages) == expected
-
-
-def test_prefetch_takes_no_memory_of_the_device(bench: Bench) -> None:
-    held = bench.driver.memory()
-    bench.driver.prefetch("other", bench.image).result(120)
-    bench.driver.prefetch(bench.model, bench.image).result(120)
-    assert bench.driver.memory() == held
-    with pytest.raises(DriverError):
-        bench.driver.unload("other").result(60)
-
-
-def test_close_is_final_and_can_be_repeated(bench: Bench) -> None:
-    config = Config(driver=bench.driver.info().driver, precision="exact")
-    driver = Plugins(config).open_driver()
-    driver.close()
-    driver.close()
-    with pytest.raises(Closed):
-        driver.unload(bench.model).result(60)
+    @pytest.fixture(scope="class")
+    @classmethod
+    def bench(cls, driver: str, request: pytest.FixtureRequest) -> Iterator[Bench]:
+        if why := PROBES[driver]().unavailable:
+            pytest.skip(f"{driver}: {why}")
+        if driver == "sim":
+            model = "sim:conformance"
+        else:
+            path: Path = request.getfixturevalue("smollm2")
+            model = str(path)
+        cls.config = structs.replace(DriverConformance.config, driver=driver)
+        with closing(llm_os.open_image(model)) as image, closing(cls().make(cls.config)) as opened:
+            yield Bench(opened, cls.config, image, model)
