@@ -95,11 +95,7 @@ class Pager:
         assert table is not None
         slab = table.slab
         copying = table.shared(process.computed)
-        while len(table.pages) * slab.page_tokens < end:
-            page = Page(slab)
-            table.add(page)
-            placed = slab.place(page)
-            assert placed, "grow was called without room"
+        self.add_pages(process, end)
         if copying is None:
             return False
         target = Page(slab)
@@ -113,6 +109,16 @@ class Pager:
         self._flights.start(ev.Copy(self._flights.next_id(), slab.model, (move,)), (process,), (source, target))
         self.let_go(source)
         return True
+
+    def add_pages(self, process: Process, end: int) -> None:
+        """Add what its table lacks for positions up to `end`. There is room."""
+        table = process.table
+        assert table is not None
+        while len(table.pages) * table.slab.page_tokens < end:
+            page = Page(table.slab)
+            table.add(page)
+            placed = table.slab.place(page)
+            assert placed, "pages were added without room"
 
     # -- sharing -----------------------------------------------------------------------------------------------------
 
@@ -336,6 +342,8 @@ class Pager:
         for page in table.cut(index):
             self.let_go(page)
         process.recede(index * table.slab.page_tokens)
+        if process.active and self.room_for(table.slab, table.shortage(process.computed, len(process.tokens))):
+            self.add_pages(process, len(process.tokens))  # it keeps the room that it was given
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

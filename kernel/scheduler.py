@@ -260,6 +260,7 @@ class Scheduler:
         if table.swapped:
             if not self._pager.swapper.back(process):
                 return False
+            self._pager.add_pages(process, len(process.tokens))
         else:
             self._pager.grow(process, len(process.tokens))  # nobody who is admitted later can take this room
         self._unqueue(process)
