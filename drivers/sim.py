@@ -21,7 +21,7 @@ from msgspec import Struct
 from llm_os.kernel.config import Config
 from llm_os.kernel.driver import Batch, DeviceInfo, DeviceMemory, Footprint, Move, Placement, Row, Sample, Sampled
 from llm_os.kernel.driver import Sequence as Rows
-from llm_os.kernel.errors import Closed, DriverError, ModelNotFound, Unsupported
+from llm_os.kernel.errors import Closed, DriverError, ModelNotFound, RequestError, Unsupported
 from llm_os.kernel.image import Image
 from llm_os.kernel.request import SamplingDefaults
 
@@ -66,8 +66,11 @@ class SimImage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def decoder(self) -> SimDecoder:
         return SimDecoder()
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        try:
+            return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        except KeyError as error:
+            raise RequestError(f"{self.name}: a message has no {error}; give role and content") from None
 
     def fresh(self) -> bool:
         return True

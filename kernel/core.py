@@ -109,6 +109,8 @@ class Core:
                     table.block(event)
                 case ev.Unblock():
                     table.unblock(event)
+                case ev.Finish():
+                    table.finish(event)
                 case ev.LoadModel():
                     self.loader.load(event)
                 case ev.UnloadModel():

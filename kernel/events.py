@@ -1,6 +1,6 @@
 """What the core is told (events) and what it asks for (actions). Plain data: a trace of both can be replayed.
 
-host calls ──> Submit Fork Restore Forget Kill Renice Block Unblock LoadModel UnloadModel Pin Halt ─┐
+host calls ──> Submit Fork Restore Forget Kill Renice Block Unblock Finish LoadModel UnloadModel Pin Halt ─┐
 operations ──> Completed ──────────────────────────────────────────────────────────────────────────┤
                                                                                                     v
                                                                                       core.step(now, events)
@@ -93,6 +93,13 @@ class Unblock(Struct, frozen=True):
     tokens: tuple[int, ...] = ()
 
 
+class Finish(Struct, frozen=True):
+    """End a process that is held after its turn, as complete. Answered by Reply(ticket)."""
+
+    ticket: int
+    pid: int
+
+
 class LoadModel(Struct, frozen=True):
     """Bring a model to the device now, to stay if `pin`, or only near it. Answered by Reply(ticket)."""
 
@@ -145,6 +152,7 @@ Event = (
     | Renice
     | Block
     | Unblock
+    | Finish
     | LoadModel
     | UnloadModel
     | Pin

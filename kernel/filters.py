@@ -26,7 +26,8 @@ class TextFilter(Protocol):
         ...
 
     def flush(self) -> str:
-        """What is still held back, at the end of the answer."""
+        """What is still held back, at the end of the answer, and of each turn of one that is held (`Request.hold`):
+        then more is pushed afterwards."""
         ...
 
 
@@ -112,7 +113,7 @@ class Gate:
             return item
         text = chunk.text
         for filter in self._filters:
-            text = filter.push(text) + (filter.flush() if completion is not None else "")
+            text = filter.push(text) + (filter.flush() if completion is not None or chunk.waiting else "")
         self._text.append(text)
         if completion is not None:
             completion = structs.replace(completion, text="".join(self._text))

@@ -73,8 +73,9 @@ class Image(Protocol):
         """A fresh streaming decoder."""
         ...
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt text for a conversation, ready for the assistant's turn.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The prompt text for a conversation, ready for the assistant's turn. `tools` are those that it may ask for, as
+        OpenAI's function definitions; a template that knows no tools leaves them out.
 
         Raises RequestError when the model has no template or the template refuses the messages, FormatError when the
         template is broken, hostile, or exceeds its time or size limit.

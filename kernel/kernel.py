@@ -25,6 +25,7 @@ from llm_os.kernel.core import Core
 from llm_os.kernel.disk import Disk
 from llm_os.kernel.driver import Driver
 from llm_os.kernel.errors import Closed, ConfigError, RequestError
+from llm_os.kernel.image import Image
 from llm_os.kernel.journal import check_storable
 from llm_os.kernel.loop import Loop
 from llm_os.kernel.memory import MemoryInfo
@@ -116,7 +117,8 @@ class Kernel:
         """Stop a process before its next token, until `unblock`: it waits for a tool. Returns when it has stopped.
 
         Its KV stays, unless room is needed: then it is swapped, or dropped and computed again later, whichever is
-        quicker; those that will wait longest go first (`expected_s`, seconds). The answer does not depend on it.
+        quicker; those that will wait longest go first (`expected_s`, seconds). The answer does not depend on it. For a
+        process that is held (`Request.hold`), it only says how long that will take.
         Raises RequestError if it has ended, or ends before it could stop.
         """
         _check_type("pid", pid, int)
@@ -131,6 +133,22 @@ class Kernel:
         _check_type("tokens", tokens, Sequence)
         given = tuple(tokens)
         await _wait(self._ask(lambda ticket: ev.Unblock(ticket, pid, given)))
+
+    async def finish(self, pid: int) -> None:
+        """End a process that is held after its turn (`Request.hold`): its answer is whole, finish_reason "stop". Raises
+        RequestError if it is not held."""
+        _check_type("pid", pid, int)
+        await _wait(self._ask(lambda ticket: ev.Finish(ticket, pid)))
+
+    def image(self, pid: int) -> Image:
+        """The model that a live process runs: its tokenizer and chat template, to be used as long as the process lives.
+        Raises RequestError if it has ended, or its model file is still being opened."""
+        _check_type("pid", pid, int)
+        with self._loop.turn:
+            process = self._loop.core.processes.get(pid)
+        if process is None or process.image is None:
+            raise RequestError(f"process {pid} has ended or has not started")
+        return process.image
 
     def nice(self, pid: int, nice: int) -> None:
         """Change the class of a process: -20 is served first, 19 last. Blocks for one turn. Raises RequestError."""

@@ -282,7 +282,8 @@ def encode(operation: ev.Encode) -> list[int]:
     """A request's token ids, through the image's chat template unless it is raw."""
     request, image = operation.request, operation.image
     if request.messages is not None:
-        return image.encode(image.render_chat(request.messages), raw=False)
+        text = image.render_chat(request.messages, *([request.tools] if request.tools else ()))
+        return image.encode(text, raw=False)
     if isinstance(request.prompt, str):
         return image.encode(request.prompt, raw=True)
     return list(request.prompt or ())

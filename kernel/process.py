@@ -80,6 +80,7 @@ class Process:
     inherited: int = 0  # tokens of the answer that its parent, or an earlier life, generated
     forks: list[Process] = field(default_factory=list)  # children that wait for the operation in flight to end
     from_prompt: bool = False  # a child: it continues from its parent's prompt
+    holding: bool = False  # its turn is over, and it is to wait for what comes next
     # what it has
     table: PageTable | None = None
     computed: int = 0  # tokens whose KV is in the pages
@@ -91,7 +92,7 @@ class Process:
     active: bool = False  # in the running set
     urgency: int = 0  # its class, with what it gained by waiting; kept while it is active
     seniority: int = 0  # the order of becoming active for the first time; 0 is never
-    ran_at: float = 0.0  # when it was last in a batch, or became active
+    ran_at: float = 0.0  # when it was last in a batch
     ran: bool = False  # since it became active
     rank: float = 0.0  # its place among those of its tenant, by the policy
     queued: float = 0.0  # since when it waits to run
@@ -193,20 +194,24 @@ class Process:
         if self.first_token is None:
             self.first_token = now
         ended = sampled.token in self.end_tokens
+        full = len(self.generated) >= self.max_tokens
         text = "" if ended else self.stops.push(_text(self.decoder.push(sampled.token)))
-        reason: FinishReason | None = None
-        if ended or self.stops.hit:
-            reason = "stop"
-        elif len(self.generated) >= self.max_tokens:
-            reason = "length"
-        if reason and not self.stops.hit:
+        if (ended or full) and not self.stops.hit:
             text += self.stops.push(_text(self.decoder.flush())) + self.stops.flush()
+        self.holding = ended and self.request.hold and not full and not self.stops.hit
+        reason: FinishReason | None = None
+        if (ended and not self.holding) or self.stops.hit:
+            reason = "stop"
+        elif full:
+            reason = "length"
         self.text.append(text)
         logprobs: tuple[TokenLogprob, ...] = ()
         if sampled.logprob is not None:
             logprobs = (TokenLogprob(sampled.token, sampled.logprob, sampled.top),)
             self.logprobs.extend(logprobs)
-        return Chunk(text=text, token_ids=(sampled.token,), logprobs=logprobs, finish_reason=reason)
+        return Chunk(
+            text=text, token_ids=(sampled.token,), logprobs=logprobs, finish_reason=reason, waiting=self.holding
+        )
 
     def check_gift(self, tokens: tuple[int, ...]) -> None:
         """Raises RequestError for tokens that it cannot be given."""
@@ -222,9 +227,10 @@ class Process:
     def give(self, tokens: tuple[int, ...]) -> None:
         """Tokens that it did not generate become part of its context."""
         assert self.image is not None
-        if tokens:
+        if tokens or self.holding:
             self.given.append((len(self.tokens), len(tokens)))
             self.tokens += tokens
+        self.holding = False
         room = self.image.context_length - len(self.tokens)
         self.max_tokens = min(self.max_tokens, len(self.generated) + room)
 
@@ -250,15 +256,15 @@ class Process:
         records: list[Took | Given] = []
         taken = at = 0
         logprobs = tuple((entry.logprob, entry.top) for entry in self.logprobs)
-        for start, count in (*((s - self.prompt_tokens, n) for s, n in self.given), (self._said, 0)):
+        for start, count in (*((s - self.prompt_tokens, n) for s, n in self.given), (self._said, None)):
             if start > at:
                 end = taken + start - at
                 records.append(Took(self.pid, tuple(self.generated[taken:end]), logprobs[taken:end]))
                 taken = end
-            if count:
+            if count is not None:
                 begin = self.prompt_tokens + start
                 records.append(Given(self.pid, tuple(self.tokens[begin : begin + count])))
-            at = start + count
+                at = start + count
         return records
 
     @property

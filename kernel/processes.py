@@ -176,6 +176,9 @@ class Processes:
         self._residency.touch(model)
         self._scheduler.enqueue(process, self._flights.now)
         self.forks.begin(process)
+        if process.holding:  # a fork, or of an earlier life
+            self._outbox.say(ev.Deliver(process.pid, Chunk(text="", waiting=True)))
+            self._hold(process)
         self._stop_if_asked(process)
 
     # -- changes -----------------------------------------------------------------------------------------------------
@@ -200,12 +203,15 @@ class Processes:
         process = self.live.get(event.pid)
         if process is None:
             self._reply(event.ticket, RequestError(f"there is no process {event.pid}"))
-        elif process.blocking is not None or process.state is State.BLOCKED:
+        elif process.blocking is not None or (process.state is State.BLOCKED and not process.holding):
             self._reply(event.ticket, RequestError(f"process {event.pid} is blocked already"))
         else:
-            process.blocking = event.ticket
             process.resumes = None if event.expected_s is None else self._flights.now + event.expected_s
-            self._stop_if_asked(process)
+            if process.state is State.BLOCKED:
+                self._outbox.say(ev.Reply(event.ticket))
+            else:
+                process.blocking = event.ticket
+                self._stop_if_asked(process)
 
     def _stop_if_asked(self, process: Process) -> None:
         """Block it, if that was asked for and no batch is computing its next token."""
@@ -213,6 +219,13 @@ class Processes:
             ticket, process.blocking = process.blocking, None
             self.stop(process)
             self._outbox.say(ev.Reply(ticket), Blocked(process.pid))
+
+    def _hold(self, process: Process) -> None:
+        """Its turn is over: it waits for what comes next, as whoever has asked it to stop is told too."""
+        self.stop(process)
+        if process.blocking is not None:
+            ticket, process.blocking = process.blocking, None
+            self._outbox.say(ev.Reply(ticket))
 
     def stop(self, process: Process) -> None:
         process.state = State.BLOCKED
@@ -238,6 +251,19 @@ class Processes:
         self._residency.models[process.request.model].blocked -= 1
         self._scheduler.enqueue(process, self._flights.now)
         self._outbox.say(ev.Reply(event.ticket), Given(process.pid, event.tokens))
+
+    def finish(self, event: ev.Finish) -> None:
+        if self.sessions.defer(event):
+            return
+        process = self.live.get(event.pid)
+        if process is None:
+            self._reply(event.ticket, RequestError(f"there is no process {event.pid}"))
+        elif not process.holding:
+            error = f"process {event.pid} is not held at the end of a turn (Request.hold); kill ends any process"
+            self._reply(event.ticket, RequestError(error))
+        else:
+            self.end(process, "stop")
+            self._outbox.say(ev.Reply(event.ticket))
 
     def expire(self, now: float) -> None:
         """End those whose time is up."""
@@ -297,6 +323,8 @@ class Processes:
             self.end(process, chunk.finish_reason, chunk)
         else:
             self._say(ev.Deliver(process.pid, chunk), process.pid, chunk)
+            if chunk.waiting:
+                self._hold(process)
 
     def _say(self, action: ev.Deliver, pid: int, chunk: Chunk) -> None:
         """Deliver it once what it says is in the journal."""

@@ -79,16 +79,20 @@ class Request(Strict, frozen=True, kw_only=True):
 
     model: str
     messages: list[dict[str, Any]] | None = None  # {"role": ..., "content": ...}
+    tools: tuple[dict[str, Any], ...] = ()  # what the model may ask for: OpenAI's function definitions
     prompt: str | list[int] | None = None  # text or token ids, continued as they stand
     sampling: Sampling = Sampling()
     nice: int = 0  # -20 (first) to 19 (last)
     tenant: str = ""  # who asks, as the host has authenticated it
     queue_s: float | None = None  # refuse it unless it runs for the first time within so many seconds
     deadline_s: float | None = None  # end it after so many seconds, with what there is by then
+    hold: bool = False  # after a turn it waits, BLOCKED, for `unblock` or `finish`; max_tokens is of all turns together
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.prompt is None):
             raise RequestError("give either messages (chat) or prompt (raw text), not both and not neither")
+        if self.tools and self.messages is None:
+            raise RequestError("tools go through the chat template; give messages, or write them into the prompt")
         _in_range("nice", self.nice, -20, 19)
         _in_range("queue_s", self.queue_s, 0, 1e9)
         _in_range("deadline_s", self.deadline_s, 0, 1e9)
@@ -109,6 +113,7 @@ class Chunk(Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    waiting: bool = False  # its turn is over, and it is held (`Request.hold`)
 
 
 class Usage(Struct, frozen=True, kw_only=True):

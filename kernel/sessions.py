@@ -29,7 +29,7 @@ class Sessions:
         self._flights = flights
         self._outbox = outbox
         self._restoring: dict[int, ev.Restore] = {}
-        self._early: dict[int, list[ev.Block | ev.Unblock]] = {}
+        self._early: dict[int, list[ev.Block | ev.Unblock | ev.Finish]] = {}
 
     def restore(self, event: ev.Restore) -> None:
         began = event.session.began
@@ -68,25 +68,28 @@ class Sessions:
         if chunk is not None:
             self._outbox.say(ev.Deliver(process.pid, chunk))
         self._table.ready(process)
-        stopped = process.state is State.BLOCKED  # it was asked to, while its model was being opened
+        stopped = process.state is State.BLOCKED  # it is held, or was asked to while its model was being opened
         if not stopped and session.since and isinstance(session.since[-1], Blocked):
             self._table.stop(process)
 
     # -- what is asked too early -------------------------------------------------------------------------------------
 
-    def defer(self, event: ev.Block | ev.Unblock) -> bool:
-        """Whether it has to wait until the process is there: a gift, and all that comes after one."""
-        early = event.pid in self._early or (isinstance(event, ev.Unblock) and event.pid in self._restoring)
+    def defer(self, event: ev.Block | ev.Unblock | ev.Finish) -> bool:
+        """Whether it has to wait until the process is there: a gift or an end, and all that comes after one."""
+        early = event.pid in self._early or (not isinstance(event, ev.Block) and event.pid in self._restoring)
         if early:
             self._early.setdefault(event.pid, []).append(event)
         return early
 
     def _catch_up(self, pid: int) -> None:
         for event in self._early.pop(pid, ()):
-            if isinstance(event, ev.Block):
-                self._table.block(event)
-            else:
-                self._table.unblock(event)
+            match event:
+                case ev.Block():
+                    self._table.block(event)
+                case ev.Unblock():
+                    self._table.unblock(event)
+                case ev.Finish():
+                    self._table.finish(event)
 
     def gone(self, pid: int) -> None:
         """It has ended: who asked for something is told so."""

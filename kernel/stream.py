@@ -146,7 +146,8 @@ class Stream:
 
 
 def _plain(item: Deliver) -> bool:
-    return item.chunk is not None and item.completion is None and item.error is None
+    """Whether it may be joined with its like."""
+    return item.chunk is not None and not item.chunk.waiting and item.completion is None and item.error is None
 
 
 def _joined(one: Deliver, other: Deliver) -> Deliver:

@@ -1,6 +1,6 @@
 """Chat templates: a conversation to the text that a model was trained on. What the sandbox allows is in `sandbox`.
 
-Templates render as transformers' `apply_chat_template` renders them, with `add_generation_prompt` and without tools.
+Templates render as transformers' `apply_chat_template` renders them, with `add_generation_prompt`.
 Knows nothing of tokens beyond the two texts that it is given.
 """
 
@@ -21,6 +21,7 @@ from llm_os.kernel.errors import Error, FormatError, RequestError
 MAX_SOURCE = 128 * 1024  # characters
 MAX_OUTPUT = 4_000_000  # characters, as many as a tokenizer takes
 MAX_MESSAGES = 100_000
+MAX_TOOLS = 1024
 MAX_NESTING = 32  # of what messages contain
 STEPS = 500_000  # units of work (see `sandbox`) for any conversation, and
 STEPS_PER_UNIT = 100  # for each unit that the messages weigh
@@ -46,19 +47,20 @@ class ChatTemplate:
         except Exception as error:  # deep nesting overflows jinja's and Python's compilers, each with its own error
             raise self._broken(error, None) from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The prompt text, ready for the assistant's turn.
 
-        Raises RequestError when messages are malformed, too long, refused by the template or lack what it needs;
-        FormatError when the template fails, or exceeds its steps or MAX_OUTPUT.
+        Raises RequestError when messages or tools are malformed, too long, refused by the template or lack what it
+        needs; FormatError when the template fails, or exceeds its steps or MAX_OUTPUT.
         """
         conversation = _conversation(messages)
-        weight = _weight(conversation)
+        functions = _tools(tools)
+        weight = _weight(conversation) + _weight(functions)
         sandbox = Sandbox(Budget(STEPS + STEPS_PER_UNIT * weight))
         sandbox.globals |= {"raise_exception": self._refuse, "strftime_now": _strftime_now}
         values = {
             "messages": conversation,
-            "tools": None,
+            "tools": functions or None,
             "documents": None,
             "add_generation_prompt": True,
             "bos_token": self._bos,
@@ -98,6 +100,18 @@ def _conversation(messages: Any) -> list[dict[str, Any]]:
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise RequestError(f"messages has {len(messages)} entries; it must have 1 to {MAX_MESSAGES}")
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _tools(tools: Any) -> list[Any]:
+    if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
+        raise RequestError(f"tools is a {type(tools).__name__}; it must be a list")
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"tools has {len(tools)} entries; the limit is {MAX_TOOLS}")
+    plain = [_plain(tool, f"tools[{index}]", MAX_NESTING) for index, tool in enumerate(tools)]
+    for index, tool in enumerate(plain):
+        if not isinstance(tool, dict):
+            raise RequestError(f"tools[{index}] is a {type(tools[index]).__name__}; it must be an object")
+    return plain
 
 
 def _message(message: Any, field: str) -> dict[str, Any]:

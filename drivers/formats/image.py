@@ -108,11 +108,11 @@ class ModelImage:
         self._check_open()
         return self._tokenizer.decoder()
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         self._check_open()
         if self._template is None:
             raise RequestError(f"{self._name} has no chat template; give it a raw prompt (--raw)")
-        return self._chat.render(messages)
+        return self._chat.render(messages, tools)
 
     def fresh(self) -> bool:
         return self._fingerprint is not None and self._fingerprint == fingerprint(self._path)

@@ -33,7 +33,7 @@ class TamperedImage(SimImage, frozen=True, kw_only=True):
     def decoder(self) -> Any:
         return None if self.tampered == "decoder" else TamperedDecoder(self.tampered)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> Any:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> Any:
         return None
 
 

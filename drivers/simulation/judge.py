@@ -152,6 +152,8 @@ class Judge:
         story = self.story(item.pid)
         if item.chunk is not None:
             story.read(item.chunk.token_ids, item.chunk.text)
+            if item.chunk.waiting:
+                story.wait()
             if self._plan.config.state is not None:
                 durable = self._durable[item.pid]
                 insist(story.delivered <= durable, "durable", f"{item.pid}: {story.delivered} of {durable} tokens")

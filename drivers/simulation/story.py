@@ -159,6 +159,8 @@ class Story:
         self.killed, self.text, self.progress, self.ran_first = False, [], now, True
         last = next((r for r in reversed(since) if not isinstance(r, Took) or r.tokens), None)
         self.blocked = isinstance(last, Blocked)
+        if self.request.hold and isinstance(last, Took) and last.tokens[-1] == END:
+            self.blocked = True
         self.deadline, self.lives = float("inf"), self.lives + 1
 
     # -- what the reader gets ------------------------------------------------------------------------------------------
@@ -172,6 +174,13 @@ class Story:
         at, self.delivered = self.delivered, self.delivered + len(tokens)
         new = tuple(self.answer[at : self.delivered])
         insist(new == tokens, "stream", f"of process {self.pid} is not the reference")
+
+    def wait(self) -> None:
+        """Its reader hears that it is held, unless something has been offered to it that it has not taken yet."""
+        insist(self.request.hold, "hold", f"process {self.pid} waits, and nobody asked for that")
+        said = self.origin.answer[: self.delivered] if self.parent is None else [END]
+        insist(said and said[-1] == END, "hold", f"process {self.pid} waits in the midst of a turn")
+        self.blocked = self.gift is None
 
     def finish(self, completion: Completion, now: float) -> None:
         insist(self.ended is None, "one end", f"process {self.pid} ends twice")

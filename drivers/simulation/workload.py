@@ -108,12 +108,13 @@ class Workload:
         prompt = pick(self._plan.prefixes) + "".join(chr(97 + below(26)) for _ in range(2)) + "q" * length
         prompt = prompt[: context - 8]
         room = context - len(prompt) - 4
-        hurried = below(16)
+        hurried, kind = below(16), below(8)
         return self.submit(
             model,
             prompt,
             now,
-            chat=below(8) == 7,
+            chat=kind == 7,
+            hold=kind > 4,
             nice=(0, 0, 0, 0, 5, 19, -5, -20)[below(8)],
             tenant=pick(self._plan.tenants),
             deadline_s=(1 + below(200)) * 4 * UNIT if hurried == 15 else None,
@@ -222,7 +223,10 @@ class Workload:
         if not waiting:
             return []
         story = self._chooser.pick(waiting)
-        said = tuple(97 + self._chooser.below(26) for _ in range(self._chooser.below(6)))
+        length = self._chooser.below(6)
+        if story.request.hold and length == 5:
+            return [ev.Finish(self.next_id(), story.pid)]
+        said = tuple(97 + self._chooser.below(26) for _ in range(length))
         return [self.unblock(story, said if story.parent is None else ())]  # a fork that never ran: of unknown length
 
     def unblock(self, story: Story, said: tuple[int, ...] = ()) -> ev.Event:

@@ -42,7 +42,7 @@ def test_a_kernel_with_faults_breaks_no_promise():
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_kind_of_fault_strikes_alone(fault):
     kinds = (fault, "crash") if fault in ("lost_sync", "torn_write") else (fault,)
-    assert any(play(seed, Options(steps=400, faults=kinds)).faults[fault] for seed in range(1, 200))
+    assert any(play(seed, Options(steps=400, faults=kinds)).faults[fault] for seed in range(1, 400))
 
 
 def test_the_same_seed_is_the_same_run_in_every_process():
