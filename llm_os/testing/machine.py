@@ -22,6 +22,7 @@ from llm_os.kernel.core import Core
 from llm_os.kernel.driver import Sample
 from llm_os.kernel.loop import encode
 from llm_os.kernel.plugins import Plugins
+from llm_os.kernel.policy import Fair, Policy
 from llm_os.kernel.process import salt_of
 from llm_os.kernel.random import uniform
 from llm_os.kernel.request import Request, Sampling
@@ -32,9 +33,12 @@ class Machine:
 
     tick = 1.0  # seconds a step
 
-    def __init__(self, **config: Any) -> None:
-        self.config = Config(**{"driver": "sim", "memory": "64MiB", "frame_size": "64KiB", **config})
-        policy = None if self.config.policy == "fair" else Plugins(self.config).open_policy()
+    def __init__(self, policy: str | Policy = "fair", **config: Any) -> None:
+        """`config` are fields of Config; `policy` a registered one's name, or one that no plugin has registered."""
+        named = policy if isinstance(policy, str) else "fair"
+        self.config = Config(**{"driver": "sim", "memory": "64MiB", "frame_size": "64KiB", "policy": named, **config})
+        if isinstance(policy, str):
+            policy = Fair() if policy == "fair" else Plugins(self.config).open_policy()
         self.core = Core(self.config, self.config.budget(0), policy)
         self.driver = SimDriver(self.config)
         self.now = 0.0
