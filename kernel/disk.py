@@ -4,6 +4,7 @@ other. Decides nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_log = logging.getLogger("llm_os.state")
+
 
 class Disk:
     """Raises ConfigError where no plugin keeps what the configuration asks for, and StoreError where it cannot."""
@@ -33,6 +36,8 @@ class Disk:
         if config.state is not None:
             self._log = plugins.open_log(config.state)
             self.sessions, self.last_pid = dict(self._log.sessions), self._log.last_pid
+            if self._log.warning:
+                _log.warning("%s", self._log.warning)
         if any(parse_bytes(field, getattr(config, field)) for field in ("swap_host", "swap_disk")):
             try:
                 self._store = plugins.open_swap(config)

@@ -71,6 +71,7 @@ class Log(Protocol):
 
     sessions: dict[int, Session]  # those that had not ended when it was opened
     last_pid: int  # the greatest that it has ever seen
+    warning: str  # what was not as it should be when it was opened, for the host's log; "" if all was well
 
     def append(self, records: Sequence[Record]) -> None:
         """Returns once the records are durable. Raises StoreError if they may not be; they are then not in the log."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import llm_os
-from llm_os.drivers.persistence import SwapStore
+from llm_os.drivers.persistence import SlotStore
 from llm_os.drivers.torch.driver import TorchDriver
 from llm_os.kernel.driver import Batch
 
@@ -293,11 +293,11 @@ def test_a_chat_of_2000_tokens_outlives_the_eviction_of_its_model_and_swap(
     check_memory(watch, machine)
 
 
-def first_slot(store: SwapStore) -> int:
+def first_slot(store: SlotStore) -> int:
     return min(store._slots)
 
 
-def damage(store: SwapStore, slot: int) -> None:
+def damage(store: SlotStore, slot: int) -> None:
     """Turn over one bit of what is kept there, in memory or on disk."""
     digest, place = store._slots[slot]
     if isinstance(place, bytes):
@@ -308,16 +308,16 @@ def damage(store: SwapStore, slot: int) -> None:
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Callable[[], SwapStore]:
+def store(monkeypatch: pytest.MonkeyPatch) -> Callable[[], SlotStore]:
     """The swap store that a kernel of this test has used last."""
-    used: list[SwapStore] = []
-    put = SwapStore.put
+    used: list[SlotStore] = []
+    put = SlotStore.put
 
-    def remember(store: SwapStore, *arguments: Any) -> None:
+    def remember(store: SlotStore, *arguments: Any) -> None:
         used.append(store)
         put(store, *arguments)
 
-    monkeypatch.setattr(SwapStore, "put", remember)
+    monkeypatch.setattr(SlotStore, "put", remember)
     return lambda: used[-1]
 
 
@@ -337,7 +337,7 @@ def test_a_chat_that_waits_for_a_tool_while_others_take_its_memory_goes_on_as_if
     small: str,
     alone: Alone,
     device: Device,
-    store: Callable[[], SwapStore],
+    store: Callable[[], SlotStore],
     memory: int,
     swap: dict[str, Any],
     damaged: bool,

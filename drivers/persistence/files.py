@@ -156,6 +156,14 @@ class LocalFiles:
         return partial(lock.release, path, descriptor)
 
 
+def read_all(file: File, offset: int, size: int) -> bytes:
+    """Fewer bytes only where the file ends."""
+    data = file.read(offset, size)
+    while len(data) < size and (more := file.read(offset + len(data), size - len(data))):
+        data += more
+    return data
+
+
 def write_all(file: File, offset: int, data: bytes) -> None:
     """All of it, or OSError; how much of it is there then is not known."""
     rest = memoryview(data)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from llm_os.drivers.persistence.files import File
+from llm_os.drivers.persistence.files import File, read_all
 from llm_os.kernel.errors import StoreError
 from llm_os.kernel.journal import Began, Record
 
@@ -77,7 +77,7 @@ def read_header(name: str, file: File) -> tuple[Header, int, int]:
 
     Raises StoreError for a file that is no journal, is damaged there, or is of a later version.
     """
-    data = _read(file, 0, _HEADER.size)
+    data = read_all(file, 0, _HEADER.size)
     if data[: len(_MAGIC)] != _MAGIC[: len(data)] or not data:
         raise StoreError(f"{name} is no journal of llm-os; {_WAY_OUT}")
     version = int.from_bytes(data[8:12], "little")
@@ -100,7 +100,7 @@ def read_groups(name: str, file: File, offset: int, crc: int) -> Iterator[Group]
     def take(start: int, count: int) -> bytes:
         nonlocal base, buffer
         if not base <= start <= start + count <= base + len(buffer):
-            base, buffer = start, _read(file, start, min(max(count, _CHUNK), size - start))
+            base, buffer = start, read_all(file, start, min(max(count, _CHUNK), size - start))
         return buffer[start - base : start - base + count]
 
     while size - offset >= _GROUP.size:
@@ -120,11 +120,3 @@ def read_groups(name: str, file: File, offset: int, crc: int) -> Iterator[Group]
 
 def _checksum(payload: bytes, before: int) -> int:
     return zlib.crc32(payload, zlib.crc32(len(payload).to_bytes(4, "little"), before))
-
-
-def _read(file: File, offset: int, size: int) -> bytes:
-    """Fewer bytes only where the file ends."""
-    data = file.read(offset, size)
-    while len(data) < size and (more := file.read(offset + len(data), size - len(data))):
-        data += more
-    return data

@@ -15,10 +15,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from llm_os.drivers.persistence.files import File, Files, LocalFiles, write_all
+from llm_os.drivers.persistence.files import File, Files, LocalFiles, read_all, write_all
 from llm_os.drivers.persistence.groups import Header, pack_group, pack_record, read_groups, read_header
 from llm_os.kernel.errors import StoreError
 from llm_os.kernel.journal import Began, Done, Record, Session, replay
+
+_ASIDE = 4  # files of what was cut off, at most
+_ASIDE_BYTES = 64 * 2**20  # of each
+_PIECE = 2**20
 
 
 class _Live:
@@ -41,11 +45,13 @@ class FileLog:
     Raises StoreError if another process has the folder, if the file is no journal or of a later version, and if the
     disk fails; what was there stays as it was. A file of a process that died is continued: a group that is not whole
     ends it, and `lost_bytes` says how much was cut off (less than a group after a crash; more if the disk is damaged).
+    That is kept beside it, up to 64 MiB, in one of four files that take turns, and `warning` says so.
     """
 
     sessions: dict[int, Session]  # what had not ended when the log was opened; whoever takes it may empty it
     last_pid: int  # the greatest pid that was ever in the journal, 0 for none
     lost_bytes: int
+    warning: str  # for whoever runs this: what was not as it should be when the log was opened; "" if all was well
 
     def __init__(self, folder: Path, files: Files | None = None, compact_above: int = 2**20) -> None:
         """`compact_above`: a file of so many bytes or fewer is not rewritten while it is open."""
@@ -111,7 +117,7 @@ class FileLog:
             self._close()
 
     def _load(self) -> None:
-        name, self.last_pid, self.lost_bytes = str(self._path), 0, 0
+        name, self.last_pid, self.lost_bytes, self.warning = str(self._path), 0, 0, ""
         try:
             file = self._files.open(self._path)
         except FileNotFoundError:
@@ -125,6 +131,8 @@ class FileLog:
                 records += group.records
                 end = group.end
             self.lost_bytes = file.size() - end
+            if self.lost_bytes:
+                self._keep_aside(file, end)
         finally:
             with suppress(OSError):
                 file.close()
@@ -133,6 +141,24 @@ class FileLog:
         for session in self.sessions.values():
             for record in (session.began, *session.since):
                 self._apply(record, pack_record(record))
+
+    def _keep_aside(self, file: File, start: int) -> None:
+        """What is cut off would be gone with the next rewrite: somebody may be able to read it."""
+        path = self._folder / f"journal.damaged-{self._generation % _ASIDE}"
+        size = min(self.lost_bytes, _ASIDE_BYTES)
+        aside = self._files.create(path)
+        try:
+            for offset in range(0, size, _PIECE):
+                write_all(aside, offset, read_all(file, start + offset, min(_PIECE, size - offset)))
+            aside.sync()
+        finally:
+            with suppress(OSError):
+                aside.close()
+        self.warning = (
+            f"{self.lost_bytes} bytes at the end of {self._path} are no whole records, as after a loss of power or on "
+            f"a damaged disk; sessions go on from what is before them, and {size} of the bytes are kept in {path}: "
+            "look after the disk, and delete that file when you need it no more"
+        )
 
     def _apply(self, record: Record, packed: bytes) -> None:
         pid = record.pid

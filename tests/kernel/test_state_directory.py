@@ -59,6 +59,21 @@ def test_a_file_that_is_no_journal_stays_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "journal").read_bytes() == b"what is this" * 10
 
 
+def test_a_journal_that_is_damaged_at_its_end_is_used_and_the_host_is_warned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with llm_os.Kernel(config(tmp_path)):
+        pass
+    with (tmp_path / "journal").open("ab") as file:
+        file.write(b"damage")
+    with llm_os.Kernel(config(tmp_path)):
+        pass
+    (warning,) = [record for record in caplog.records if record.name == "llm_os.state"]
+    assert warning.levelname == "WARNING"
+    assert warning.getMessage().startswith(f"6 bytes at the end of {tmp_path / 'journal'} are no whole records")
+    assert [path.read_bytes() for path in tmp_path.glob("journal.damaged-*")] == [b"damage"]
+
+
 def test_a_journal_of_a_later_version_is_refused_and_stays_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

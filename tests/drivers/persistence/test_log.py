@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 import zlib
 from pathlib import Path
@@ -109,6 +110,58 @@ def test_a_damaged_header_is_refused_and_the_file_left_alone(tmp_path: Path, at:
         FileLog(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["journal"]
     assert path.read_bytes() == damaged
+
+
+def test_what_is_cut_off_is_kept_beside_the_journal_and_told(tmp_path: Path) -> None:
+    data, (first, *_) = written(
+        tmp_path, [[Began(1, Request(model="m", prompt=[1]), 0, (1,))], [Took(1, (2,))], [Done(1)]]
+    )
+    damaged = bytearray(data)
+    damaged[first + 8] ^= 1
+    (tmp_path / "journal").write_bytes(damaged)
+    log = FileLog(tmp_path)
+    (aside,) = tmp_path.glob("journal.damaged-*")
+    assert aside.read_bytes() == damaged[first:]
+    assert stat.S_IMODE(aside.stat().st_mode) == 0o600
+    assert list(log.sessions) == [1]
+    lost = f"{len(data) - first} bytes at the end of {tmp_path / 'journal'}"
+    assert log.warning.startswith(lost) and f"{len(data) - first} of the bytes are kept in {aside}" in log.warning
+    log.close()
+    again = FileLog(tmp_path)
+    assert again.warning == "" and aside.exists()
+    again.close()
+
+
+def test_what_is_kept_of_damaged_journals_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_os.drivers.persistence.log._ASIDE_BYTES", 10)
+    for _ in range(12):
+        log = FileLog(tmp_path)
+        log.append([Took(1, (2,))])
+        log.close()
+        with (tmp_path / "journal").open("ab") as file:
+            file.write(b"\1" * 100)
+    log = FileLog(tmp_path)
+    assert "100 bytes at the end" in log.warning and "; sessions go on" in log.warning
+    log.close()
+    kept = list(tmp_path.glob("journal.damaged-*"))
+    assert len(kept) == 4 and {path.stat().st_size for path in kept} == {10}
+
+
+class Full(LocalFiles):
+    """A disk without room for what is kept aside."""
+
+    def create(self, path: Path) -> Any:
+        if "damaged" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().create(path)
+
+
+def test_a_journal_whose_damage_cannot_be_kept_stays_as_it_was(tmp_path: Path) -> None:
+    data, _ = written(tmp_path, [[Took(1, (2,))]])
+    (tmp_path / "journal").write_bytes(data + b"damage")
+    with pytest.raises(StoreError, match="failed: No space left on device; mend the disk, or give another directory"):
+        FileLog(tmp_path, Full())
+    assert (tmp_path / "journal").read_bytes() == data + b"damage"
 
 
 def test_a_journal_of_a_later_version_is_refused(tmp_path: Path) -> None:

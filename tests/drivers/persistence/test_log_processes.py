@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llm_os.drivers.persistence import FileLog, SwapStore
+from llm_os.drivers.persistence import FileLog, SlotStore
 from llm_os.kernel.errors import StoreError
 from llm_os.kernel.journal import Began, Done, Record, Took
 from llm_os.kernel.request import Request
@@ -132,7 +132,7 @@ def test_a_log_on_a_full_disk_keeps_what_it_acknowledged_and_goes_on_when_there_
 
 def test_swap_on_a_full_disk_refuses_and_keeps_nothing_of_what_it_refused(tmp_path: Path, tmpfs: Any) -> None:
     with tmpfs(tmp_path / "disk", "size=256k"):
-        store = SwapStore(tmp_path / "disk")
+        store = SlotStore(tmp_path / "disk")
         store.put([0], [bytes(100_000)], "disk")
         with pytest.raises(StoreError, match=r"swap to .* failed: No space left on device"):
             store.put([1, 2], [bytes(100_000), bytes(100_000)], "disk")
