@@ -72,13 +72,12 @@ class Outbox:
         nothing after it. Returns their pids: such processes must end."""
         self._in_flight = False
         pids = {record.pid for record in records if not isinstance(record, Done)}
-        ended = set[int]()
-        for action in (*self._flying, *self._waiting):
-            if isinstance(action, ev.Deliver) and action.pid in pids:
-                ended |= {action.pid} if action.completion or action.error else set()
-            elif isinstance(action, ev.Reply) and action.error is None and action in self._flying:
-                self._flights.emit(ev.Reply(action.ticket, error))
-            elif action in self._flying:
+        delivers = [action for action in (*self._flying, *self._waiting) if isinstance(action, ev.Deliver)]
+        ended = pids.intersection(action.pid for action in delivers if action.completion or action.error)
+        for action in self._flying:
+            if isinstance(action, ev.Reply):
+                self._flights.emit(ev.Reply(action.ticket, action.error or error))
+            elif action.pid not in pids:
                 self._flights.emit(action)
         self._waiting = [a for a in self._waiting if not (isinstance(a, ev.Deliver) and a.pid in pids)]
         done = {pid: Done(pid) for pid in (*(r.pid for r in records if isinstance(r, Done)), *sorted(pids))}
