@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llm_os.kernel import events as ev
 from llm_os.kernel.errors import RequestError, as_error
 from llm_os.kernel.flights import Flights
-from llm_os.kernel.journal import Began, Given, Took
+from llm_os.kernel.journal import Given, Took
 from llm_os.kernel.outbox import Outbox
 from llm_os.kernel.page_table import PageTable
 from llm_os.kernel.process import Process, State
@@ -74,7 +74,7 @@ class Forks:
         except Exception as error:  # no quota, or a plugin's code
             self._table.fail(child, as_error(error, RequestError))
             return
-        self._outbox.note(Began(child.pid, child.request, child.seed, tuple(child.tokens[: child.prompt_tokens])))
+        self._table.note_beginning(child)
         for record in history:
             if isinstance(record, Took):
                 self._outbox.note(Took(child.pid, record.tokens, record.logprobs))

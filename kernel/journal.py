@@ -56,7 +56,14 @@ class Blocked(Struct, frozen=True, array_like=True, tag=4):
     pid: int
 
 
-Record = Began | Took | Given | Done | Blocked
+class Reniced(Struct, frozen=True, array_like=True, tag=5):
+    """Its class is another one than its request says."""
+
+    pid: int
+    nice: int
+
+
+Record = Began | Took | Given | Done | Blocked | Reniced
 
 
 class Session(Struct, frozen=True):
@@ -64,6 +71,16 @@ class Session(Struct, frozen=True):
 
     began: Began
     since: tuple[Took | Given | Blocked, ...] = ()
+    reniced: Reniced | None = None
+
+    @property
+    def nice(self) -> int:
+        return self.began.request.nice if self.reniced is None else self.reniced.nice
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """What it adds up from."""
+        return (self.began, *(() if self.reniced is None else (self.reniced,)), *self.since)
 
 
 class Log(Protocol):
@@ -93,13 +110,17 @@ def replay(records: Iterable[Record]) -> dict[int, Session]:
     """The sessions that had not ended, by pid. Records of a pid that never began are passed over."""
     began: dict[int, Began] = {}
     since: dict[int, list[Took | Given | Blocked]] = {}
+    reniced: dict[int, Reniced] = {}
     for record in records:
         match record:
             case Began(pid):
                 began[pid], since[pid] = record, []
+                reniced.pop(pid, None)
             case Took(pid) | Given(pid) | Blocked(pid) if pid in began:
                 since[pid].append(record)
+            case Reniced(pid) if pid in began:
+                reniced[pid] = record
             case Done(pid):
                 began.pop(pid, None)
                 since.pop(pid, None)
-    return {pid: Session(start, tuple(since[pid])) for pid, start in began.items()}
+    return {pid: Session(start, tuple(since[pid]), reniced.get(pid)) for pid, start in began.items()}

@@ -16,7 +16,7 @@ from llm_os.kernel.driver import Batch, Row, RowError, Sampled
 from llm_os.kernel.errors import Closed, DriverError, Error, ModelError, Refused, RequestError, as_error
 from llm_os.kernel.flights import Flights
 from llm_os.kernel.forks import Forks
-from llm_os.kernel.journal import Began, Blocked, Done, Given, Record, Took
+from llm_os.kernel.journal import Began, Blocked, Done, Given, Record, Reniced, Took
 from llm_os.kernel.outbox import Outbox
 from llm_os.kernel.page_table import PageTable
 from llm_os.kernel.pager import Pager
@@ -140,8 +140,15 @@ class Processes:
         except Exception as failure:  # the image is a plugin's code
             self.fail(process, as_error(failure, RequestError))
             return
-        self._outbox.note(Began(process.pid, process.request, process.seed, tuple(process.tokens)))
+        self.note_beginning(process)
         self.ready(process)
+
+    def note_beginning(self, process: Process) -> None:
+        """From now on another life may go on with it."""
+        prompt = tuple(process.tokens[: process.prompt_tokens])
+        self._outbox.note(Began(process.pid, process.request, process.seed, prompt))
+        if process.nice != process.request.nice:
+            self._outbox.note(Reniced(process.pid, process.nice))
 
     def reserve(self, process: Process) -> None:
         """Set aside what it may use. Raises Refused for what could never be had, or not now."""
@@ -195,6 +202,8 @@ class Processes:
         process = self.live.get(event.pid)
         if process is not None:
             self._scheduler.renice(process, event.nice)
+            if process.tokens or process.restored:
+                self._outbox.note(Reniced(process.pid, process.nice))
         self._reply(event.ticket, None if process else RequestError(f"there is no process {event.pid}"))
 
     def block(self, event: ev.Block) -> None:

@@ -34,7 +34,7 @@ class Sessions:
     def restore(self, event: ev.Restore) -> None:
         began = event.session.began
         process = Process(
-            event.pid, began.request, began.seed, self._flights.now, nice=began.request.nice, restored=True
+            event.pid, began.request, began.seed, self._flights.now, nice=event.session.nice, restored=True
         )
         new = self._table.is_new(event.pid) or event.pid not in self._table.live  # they come at boot, in any order
         if new and self._table.enter(process):

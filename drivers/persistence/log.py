@@ -139,7 +139,7 @@ class FileLog:
         self.sessions = replay(records)
         self.last_pid = max([self.last_pid, *(record.pid for record in records)])
         for session in self.sessions.values():
-            for record in (session.began, *session.since):
+            for record in session.records:
                 self._apply(record, pack_record(record))
 
     def _keep_aside(self, file: File, start: int) -> None:

@@ -32,6 +32,29 @@ def test_a_session_that_was_blocked_and_is_asked_to_block_again_waits_once(machi
     assert m.replies[73].error is None
 
 
+def test_a_session_goes_on_with_the_nice_that_it_was_given_and_so_does_its_fork(machine: type[Any]) -> None:
+    first = machine(state=Path("state"))
+    first.submit(1, sampling={"max_tokens": 8}, nice=3)
+    first.until(ev.Run)
+    first.post(ev.Renice(70, 1, -7))
+    first.complete()
+    first.fork(2, 1)
+    while len(first.tokens(2)) < 2:
+        first.complete()
+    sessions = replay(first.journal)
+    for pid in (1, 2):
+        assert list(replay(sessions[pid].records).values()) == [sessions[pid]]  # as a log writes it anew
+    m = machine(state=Path("state"))
+    m.requests = first.requests
+    m.post(*(ev.Restore(pid, sessions[pid]) for pid in (1, 2)))
+    assert [info.nice for info in m.core.ps()] == [-7, -7]
+    m.post(ev.Renice(71, 1, 5))
+    m.until(ev.Run)
+    assert replay([*first.journal, *m.journal])[1].nice == 5
+    m.settle()
+    assert m.tokens(1) == m.expected(1)
+
+
 def test_samples_of_a_request_wait_until_its_model_is_open(machine: type[Any]) -> None:
     m = machine()
     m.submit(1, sampling={"temperature": 1.0})

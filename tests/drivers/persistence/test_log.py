@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llm_os.drivers.persistence import FileLog, LocalFiles
 from llm_os.kernel.errors import StoreError
-from llm_os.kernel.journal import Began, Done, Given, Record, Took, replay
+from llm_os.kernel.journal import Began, Done, Given, Record, Reniced, Took, replay
 from llm_os.kernel.request import Request, Sampling, TokenLogprob
 
 HEADER = 32
@@ -33,6 +33,7 @@ records = st.one_of(
     st.builds(Took, pids, tokens, logprobs),
     st.builds(Given, pids, tokens),
     st.builds(Done, pids),
+    st.builds(Reniced, pids, st.integers(-20, 19)),
 )
 groups = st.lists(st.lists(records, min_size=1, max_size=4), max_size=12)
 
