@@ -8,7 +8,7 @@ A plugin is a module, or a class of which each kernel makes an object, with func
     events          booted, step_finished, process_exited, halting    return nothing
 
 Every hook says since which contract version it is there. A change that only adds leaves CONTRACT as it is; one that
-breaks plugins raises it (`tests/test_contract.py`).
+breaks plugins raises it (`tests/contract.py`), and what it replaces stays for that one version, in DEPRECATED.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from llm_os.kernel.swap import SwapStore
 from llm_os.kernel.tool import Tool
 
 CONTRACT = 1
+DEPRECATED: dict[str, str] = {}  # "hook" or "hook.argument", which still works in this version -> what to use instead
 
 hookspec = pluggy.HookspecMarker("llm_os")
 hookimpl = pluggy.HookimplMarker("llm_os")

@@ -107,7 +107,7 @@ def _describe(name: str, module: str, distribution: str, version: str | None) ->
     problem = None
     if unknown := sorted(set(manifest.hooks) - HOOKS):
         problem = f"its {FILE} names hooks that do not exist: {', '.join(unknown)}; see docs/hooks.md"
-    if not 1 <= manifest.contract <= CONTRACT:
+    if not max(1, CONTRACT - 1) <= manifest.contract <= CONTRACT:  # the form before works for one more version
         problem = f"it is for contract {manifest.contract}, this llm-os has {CONTRACT}; install another version of it"
     return msgspec.structs.replace(manifest, problem=problem)
 

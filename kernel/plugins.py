@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +31,7 @@ from llm_os.kernel.residency import ModelInfo
 from llm_os.kernel.swap import SwapStore
 from llm_os.kernel.tool import Tool
 
+IMPORT_LIMIT_S = 60.0
 _log = logging.getLogger("llm_os.plugins")
 
 
@@ -73,14 +76,34 @@ class Plugins:
             raise ConfigError(
                 f"plugin {manifest.name!r} cannot be imported: {type(error).__name__}: {error}"
             ) from error
-        self._manager.register(plugin, manifest.name)
         try:
+            self._manager.register(plugin, manifest.name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            raise ConfigError(f"plugin {manifest.name!r} implements a hook that does not exist: {error}") from None
+            what = " ".join(str(error).split())
+            raise ConfigError(f"plugin {manifest.name!r} implements a hook that does not exist: {what}") from None
         implemented = {caller.name for caller in self._manager.get_hookcallers(plugin) or ()}
         if undeclared := sorted(implemented - set(manifest.hooks)):
             raise ConfigError(f"plugin {manifest.name!r} implements {', '.join(undeclared)}, but its manifest does not")
+        self._warn(manifest, plugin)
+
+    def _warn(self, manifest: Manifest, plugin: object) -> None:
+        """Of what works in this version of the contract for the last time."""
+        name = manifest.name
+        if manifest.contract < hookspecs.CONTRACT:
+            now = hookspecs.CONTRACT
+            _log.warning("plugin %r is for contract %d, and %d is the last to take it", name, manifest.contract, now)
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            (own,) = (each for each in caller.get_hookimpls() if each.plugin is plugin)
+            for form in (caller.name, *(f"{caller.name}.{argument}" for argument in own.argnames)):
+                if (instead := hookspecs.DEPRECATED.get(form)) is not None:
+                    _log.warning(
+                        "plugin %r uses %s, which contract %d takes for the last time; %s",
+                        name,
+                        form,
+                        hookspecs.CONTRACT,
+                        instead,
+                    )
 
     def _register(self) -> None:
         config = self._config
@@ -305,12 +328,27 @@ def _finite(value: object) -> bool:
 
 
 def _load(module: str) -> object:
-    """A module, or what "module:name" says in it. A class is made an object: one for each kernel."""
-    name, _, attribute = module.partition(":")
-    plugin: object = importlib.import_module(name)
-    for part in filter(None, attribute.split(".")):
-        plugin = getattr(plugin, part)
-    return plugin() if isinstance(plugin, type) else plugin
+    """A module, or what "module:name" says in it. A class is made an object: one for each kernel. Imported in a thread
+    of its own, so that one which never ends, or ends the process, is an error like another."""
+    done: Future[object] = Future()
+
+    def load() -> None:
+        try:
+            name, _, attribute = module.partition(":")
+            plugin: object = importlib.import_module(name)
+            for part in filter(None, attribute.split(".")):
+                plugin = getattr(plugin, part)
+            done.set_result(plugin() if isinstance(plugin, type) else plugin)
+        except BaseException as error:
+            done.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+
+    threading.Thread(target=load, name=f"llm-os-import-{module}", daemon=True).start()
+    try:
+        return done.result(IMPORT_LIMIT_S)
+    except TimeoutError:
+        if done.done():  # it raised that itself
+            raise
+        raise TimeoutError(f"it took longer than {IMPORT_LIMIT_S:g} s") from None
 
 
 def _arguments(registry: dict[str, tuple[Lane, Any]], what: str, config: Config, lane: Lane) -> dict[str, Any]:
