@@ -10,8 +10,10 @@ from collections.abc import Collection
 from typing import Any
 
 from llm_os.drivers.simulation.host import TamperedImage
+from llm_os.drivers.simulation.pace import Pace
 from llm_os.drivers.simulation.pins import Pins
 from llm_os.drivers.simulation.plan import Plan
+from llm_os.drivers.simulation.refusals import check_refusal
 from llm_os.drivers.simulation.shares import Shares
 from llm_os.drivers.simulation.story import Story
 from llm_os.drivers.simulation.violation import insist
@@ -40,6 +42,9 @@ class Judge:
         self._tickets: set[int] = set()  # that wait for a reply
         self.pins = Pins()
         self._shares = Shares(plan)
+        self._pace = Pace()
+        self._stuck = False  # the device has failed to unload a model
+        self._most_live = 0  # that can have been live in this step
         self._durable: Counter[int] = Counter()  # tokens of answers that are in the journal
         self._charges: list[tuple[Story, int]] = []  # of this step
         self._charged: Counter[int] = Counter()  # tokens of processes, computed or generated
@@ -53,6 +58,9 @@ class Judge:
 
     def asked(self, events: list[ev.Event]) -> None:
         """The core is told this."""
+        self._most_live = len(self._workload.live)
+        if any(not isinstance(event, ev.Completed) for event in events):
+            self._pace.asked()
         for event in events:
             if (self._failing or self._tampered) and isinstance(event, ev.Submit | ev.Fork | ev.Restore):
                 story = self.story(event.pid)
@@ -73,6 +81,7 @@ class Judge:
                 new.append(story)
             story.feed(rows, now)
             self._shares.fed(story, rows)
+            self._pace.fed(rows, self._workload.live.values())
         for story in new:
             self._check_order(story, waiting)
 
@@ -96,6 +105,8 @@ class Judge:
         """Whom this operation's failure may end. `ready` are the models on the device: others may have waited for pages
         to move out of the way."""
         live = self._workload.live.values()
+        self._pace.failed(operation)
+        self._stuck |= isinstance(operation, ev.Unload)
         match operation:
             case ev.Run(_, batch):
                 struck = [self._workload.stories[rows.pid] for rows in batch.sequences]
@@ -111,9 +122,21 @@ class Judge:
             case _:
                 struck = []
         self._failing.add(getattr(operation, "model", ""))
+        if isinstance(operation, ev.Copy):
+            self._failing.update({*self._plan.models} - {*ready})
         self.pins.failed(operation, ready)
         for story in struck:
             story.excused = story.excused or why
+
+    def succeeded(self, operation: ev.Operation) -> None:
+        self._pace.succeeded(operation)
+
+    def swapped_in(self, operation: ev.Operation, good: tuple[bool, ...], now: float) -> None:
+        """Pages that did not come back: whoever was to run with them may have to wait for room once more."""
+        if isinstance(operation, ev.SwapIn) and not all(good):
+            for story in self._workload.live.values():
+                if story.request.model == operation.model and story.ready is not None:
+                    story.ready = now
 
     def encoded(self, operation: ev.Encode, now: float) -> None:
         for story in self._workload.live.values():
@@ -163,7 +186,7 @@ class Judge:
         elif item.error is not None:
             insist(story.ended is None, "one end", f"process {item.pid} ends twice")
             story.ended = name = type(item.error).__name__
-            self._blame(story, item.error)
+            self._blame(story, item.error, now)
             self._end(story, "rejected" if name == "Refused" else f"error {name}", item.error)
         else:
             insist(item.chunk is not None and item.chunk.finish_reason is None, "chunk", item)
@@ -183,14 +206,18 @@ class Judge:
     def _end(self, story: Story, reason: str, how: object) -> None:
         del self._workload.live[story.pid]
         self._shares.ended(story)
+        self._pace.asked()
         self.ends[reason] += 1
         self.last = how
         self._workload.unread.append(story)
 
-    def _blame(self, story: Story, error: Exception) -> None:
+    def _blame(self, story: Story, error: Exception, now: float) -> None:
         insist(isinstance(error, Error) and "\n" not in str(error), "error", repr(error))
         model = story.request.model
         self.pins.refused(model, error)
+        if isinstance(error, Refused) and not (story.excused or self._lost or model in self._failing):
+            fixed = self.pins.ever or self._stuck
+            check_refusal(self._plan, story, str(error), live=self._most_live - 1, fixed=fixed, now=now)
         if isinstance(error, Refused | Closed) or story.excused or self._lost:
             return
         if model in self._failing:
@@ -262,7 +289,8 @@ class Judge:
         self._lost = False
         self._tampered.clear()
         self._tickets.clear()
-        self.pins, self._shares = Pins(), Shares(self._plan)
+        self.pins, self._shares, self._pace = Pins(), Shares(self._plan), Pace()
+        self._stuck = False
         self._durable.clear()
         self._charges.clear()
         self._charged.clear()

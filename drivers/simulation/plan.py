@@ -5,6 +5,7 @@ Machines are small, so that everything is short of something: a few processes, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec import Struct, structs
@@ -14,7 +15,7 @@ from llm_os.kernel.config import Config, Tenant
 
 FRAME = 4096
 UNIT = 2.0**-24  # seconds; so short that a swap can be cheaper than computing; sums of whole units are exact
-_BACKLOGGED = 12  # one machine in so many has a backlog
+_KINDS = 12  # of so many machines, one has a backlog, five are crowded
 _BACKLOG = 6
 STATE = Path("state")  # in the simulated file system
 
@@ -37,6 +38,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     rest: int  # one turn in so many brings something new
     burst: int  # requests at once, at most
     swap_units: int  # that a swap takes at most
+    token_units: int  # that a batch takes for each of its tokens, at least
+    crowded: bool = False  # memory is short of KV, computing is slow, and swap is large and quick
     backlog: int = 0  # if not 0, all want one model, and each tenant has so many requests more waiting than can run
 
 
@@ -69,8 +72,30 @@ def draw(chooser: Chooser) -> Plan:
         rest=2 + below(30),
         burst=1 + below(8),
         swap_units=pick((0, 0, 3, 40)),
+        token_units=pick((0, 1, 4)),
     )
-    return _backlogged(plan, chooser) if below(_BACKLOGGED) == _BACKLOGGED - 1 else plan
+    kind = below(_KINDS)
+    if kind == _KINDS - 1:
+        return _backlogged(plan, chooser)
+    return _crowded(plan, chooser) if kind >= _KINDS - 6 else plan
+
+
+def _crowded(plan: Plan, chooser: Chooser) -> Plan:
+    """The same machine, with less room beside the weights than its processes need, so that pages are swapped."""
+    frames = 14 + chooser.below(8)
+    config = structs.replace(
+        plan.config,
+        memory=frames * FRAME,
+        batch_size=3 + chooser.below(4),
+        batch_tokens=max(16, plan.config.batch_tokens),
+        prefix_cache=chooser.below(8) < 7,
+        swap_host=chooser.pick((16, 32, 4)) * FRAME,
+        swap_disk=chooser.pick((16, 32, 0)) * FRAME,
+    )
+    models = tuple(_model(chooser, name, frames // 3, (400, 500)) for name in "ab"[: 1 + chooser.below(2)])
+    return structs.replace(
+        plan, config=config, models=models, rest=2 + chooser.below(6), swap_units=0, token_units=24, crowded=True
+    )
 
 
 def _backlogged(plan: Plan, chooser: Chooser) -> Plan:
@@ -101,11 +126,10 @@ def _tenant(chooser: Chooser) -> Tenant:
     )
 
 
-def _model(chooser: Chooser, name: str, frames: int) -> str:
+def _model(chooser: Chooser, name: str, frames: int, kv: Sequence[int] = (64, 128, 200, 256, 500)) -> str:
     """A name that says what the model costs: at most `frames` frames of weights."""
     layers = 1 + chooser.below(3)
     size = FRAME * (1 + chooser.below(max(1, frames // layers)))
-    kv = chooser.pick((64, 128, 200, 256, 500))
-    weights = f"layers={layers}&layer_bytes={size}"
+    weights = f"layers={layers}&layer_bytes={size}&kv_bytes_per_token={chooser.pick(kv)}"
     text = f"end_after={chooser.pick((0, 12, 30))}&context_length={chooser.pick((40, 64, 100))}"
-    return f"sim:{name}?{weights}&kv_bytes_per_token={kv}&{text}"
+    return f"sim:{name}?{weights}&{text}"

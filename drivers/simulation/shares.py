@@ -51,8 +51,8 @@ class Shares:
         self._odd = {*bounded}  # tenants with requests of several classes, forks, or limits
         self._nice: dict[str, int] = {}
         self._fed: Counter[int] = Counter()  # of a process, counted from its beginning
-        self._served: Counter[str] = Counter()  # weighted, as all that follows
-        self._ended: Counter[str] = Counter()
+        self._served: dict[str, float] = dict.fromkeys(plan.tenants, 0.0)  # weighted, as what follows
+        self._ended: dict[str, float] = dict.fromkeys(plan.tenants, 0.0)
         self._prompt: Counter[str] = Counter()  # the longest, in tokens
         self._answer: Counter[str] = Counter()
         self._waited: set[int] = set()  # who waited after the last step

@@ -48,8 +48,8 @@ class Workload:
             (2, self._load),
             (2, self._unload),
             (1, self._pin),
-            (4, self._block),
-            (6, self._unblock),
+            (16 if plan.crowded else 4, self._block),
+            (16 if plan.crowded else 6, self._unblock),
             (3, self._read),
             (4, self._branch),
             (4, self._again),
@@ -90,8 +90,9 @@ class Workload:
         story.progress = now
         if request.deadline_s is not None:
             story.deadline = now + request.deadline_s
-        if request.queue_s is not None:
-            story.patience = now + request.queue_s
+        queue_s = self._plan.config.queue_s if request.queue_s is None else request.queue_s
+        if queue_s is not None:
+            story.patience = now + queue_s
         self.stories[pid] = self.live[pid] = story
         return story
 
@@ -104,7 +105,8 @@ class Workload:
         below, pick = self._chooser.below, self._chooser.pick
         model = pick(self._plan.models)
         context = self.images[model].context_length
-        length = (1 + below(6), 1 + below(12), context // 2, context)[(0, 0, 0, 1, 1, 1, 2, 3)[below(8)]]
+        lengths = (0, 2, 2, 1, 2, 1, 2, 3) if self._plan.crowded else (0, 0, 0, 1, 1, 1, 2, 3)
+        length = (1 + below(6), 1 + below(12), context // 2, context)[lengths[below(8)]]
         prompt = pick(self._plan.prefixes) + "".join(chr(97 + below(26)) for _ in range(2)) + "q" * length
         prompt = prompt[: context - 8]
         room = context - len(prompt) - 4

@@ -102,7 +102,8 @@ class World:
     def patience(self) -> float:
         """Seconds within which everybody gets a token: those of better classes, then those before it, then its own."""
         config = self.plan.config
-        return CLASSES * config.aging_s + 3 * config.queue_limit * (1000 * UNIT + config.slice_s)
+        text_s = (1000 + 100 * self.plan.token_units) * UNIT
+        return CLASSES * config.aging_s + 3 * config.queue_limit * (text_s + config.slice_s)
 
     def _due(self, busy: bool) -> list[ev.Event]:
         """What completes now. Time goes on to the next completion, or to when the core wants to be called."""
@@ -176,6 +177,8 @@ class World:
         place, slowest = _PLACES[type(operation)]
         fault = self.faults.call(place)
         due = self.clock + 1 + self.chooser.delay(self.plan.swap_units if place == "swap" else slowest)
+        if isinstance(operation, ev.Run):
+            due += self.plan.token_units * sum(len(rows.tokens) for rows in operation.batch.sequences)
         if fault in ("hang", "plugin_hang"):
             due += _HANG
             self.judge.hangs(self.now, _HANG * UNIT)
@@ -195,10 +198,13 @@ class World:
                 raise
             self.fences.end(operation, failed=True)
             self.judge.failed(operation, fault or str(error), self.fences.ready)
+            self.judge.swapped_in(operation, (False,), self.now)
             return ev.Completed(operation.id, error=error)
         self.fences.end(operation, failed=False)
+        self.judge.succeeded(operation)
         if isinstance(operation, ev.Run):
             self.judge.ran(operation, result, fault, self.now)
+        self.judge.swapped_in(operation, result, self.now)
         return ev.Completed(operation.id, result)
 
     def _perform(self, operation: ev.Operation, fault: str | None) -> Any:
