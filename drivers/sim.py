@@ -19,14 +19,26 @@ import msgspec
 from msgspec import Struct
 
 from llm_os.kernel.config import Config
-from llm_os.kernel.driver import Batch, DeviceInfo, DeviceMemory, Footprint, Move, Placement, Row, Sample, Sampled
+from llm_os.kernel.driver import (
+    Batch,
+    DeviceInfo,
+    DeviceMemory,
+    Footprint,
+    Move,
+    Placement,
+    Row,
+    RowError,
+    Sample,
+    Sampled,
+)
 from llm_os.kernel.driver import Sequence as Rows
-from llm_os.kernel.errors import Closed, DriverError, ModelNotFound, RequestError, Unsupported
+from llm_os.kernel.errors import Closed, DriverError, Error, ModelNotFound, RequestError, Unsupported
 from llm_os.kernel.image import Image
 from llm_os.kernel.request import SamplingDefaults
 
 _M64 = (1 << 64) - 1
 _END = 256
+_PIECES = (*(bytes((byte,)) for byte in range(256)), b"")
 _LETTERS = b"etaoinshrdlcumwfgypbvkjxqz,.  \n"
 
 
@@ -62,6 +74,9 @@ class SimImage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def encode(self, text: str, *, raw: bool) -> list[int]:
         return list(text.encode())
+
+    def token_bytes(self) -> Sequence[bytes]:
+        return _PIECES if self.vocab_size == len(_PIECES) else _PIECES[: self.vocab_size]
 
     def decoder(self) -> SimDecoder:
         return SimDecoder()
@@ -134,9 +149,13 @@ def choose(digest: int, sample: Sample, end_after: int) -> int:
     if sample.temperature > 0:
         digest ^= int(sample.uniform * 2**53)
     digest = chain(digest, 0, 0)
-    if end_after and digest >> 8 & 0xFFFF < 0x10000 // end_after:
-        return _END
-    return _LETTERS[digest % len(_LETTERS)]
+    ends = end_after and digest >> 8 & 0xFFFF < 0x10000 // end_after
+    token = _END if ends else _LETTERS[digest % len(_LETTERS)]
+    if sample.mask is None:
+        return token
+    bits = sample.mask.bits()
+    allowed = [token for token in range(len(_PIECES)) if bits[token >> 3] >> (token & 7) & 1]
+    return token if token in allowed else allowed[digest % len(allowed)]
 
 
 def reference(image: SimImage, salt: int, prompt: Sequence[int], samples: Iterable[Sample]) -> Iterator[int]:
@@ -276,7 +295,10 @@ class SimDriver:
             for cell in cells[:left]:
                 digest = (digest * 0x100000001B3 ^ cell) & _M64  # fold, without the call
             left -= size
-        token = choose(digest, rows.sample, image.end_after)
+        try:
+            token = choose(digest, rows.sample, image.end_after)
+        except Error as error:  # of the mask
+            return RowError(str(error), error)
         logprobs = rows.sample.logprobs
         return Sampled(token) if logprobs is None else Sampled(token, 0.0, ((token, 0.0),)[:logprobs])
 

@@ -137,6 +137,8 @@ class Core:
                 self.loader.opened(name, event)
             case ev.Encode():
                 self.table.encoded(flight.processes[0], event)
+            case ev.Compile():
+                self.table.compiling.compiled(flight.processes[0], event)
             case ev.Load(_, name):
                 self.loader.loaded(name, event, self._now - flight.started)
             case ev.Unload(_, name):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 
-from llm_os.kernel.errors import DriverError
+from llm_os.kernel.errors import DriverError, Error
 from llm_os.kernel.image import Image
 
 if TYPE_CHECKING:
@@ -67,6 +67,22 @@ class Placement(Struct, frozen=True, kw_only=True):
     pages: int  # page numbers of this model are in range(pages)
 
 
+class Mask(Protocol):
+    """Which tokens a row may choose: computed by a plugin while the device computes the row."""
+
+    def begin(self) -> None:
+        """Start computing it. The kernel has done so when a driver sees it."""
+        ...
+
+    def bits(self) -> bytes:
+        """Bit i % 8 of byte i // 8 is token i, for all tokens of the vocabulary at least, and one of them is set.
+
+        Waits until it is there, so ask for it after the forward pass; the same every time. Raises an Error where the
+        plugin fails or takes too long: the row's answer is then `RowError(str(error), error)`, the other rows stand.
+        """
+        ...
+
+
 class Sample(Struct, frozen=True, kw_only=True):
     """How to choose the next token of one row. The driver has no random state: `uniform` is the randomness."""
 
@@ -82,6 +98,7 @@ class Sample(Struct, frozen=True, kw_only=True):
     prompt: tuple[int, ...] = ()  # filled only when a penalty needs them
     output: tuple[int, ...] = ()
     logprobs: int | None = None  # how many alternatives to report; None reports nothing
+    mask: Mask | None = None  # of the tokens that may be chosen, after penalties and bias, before all else; None is all
 
 
 class Sequence(Struct, frozen=True, kw_only=True):
@@ -114,6 +131,7 @@ class RowError(Struct, frozen=True):
     """This row failed (a NaN, say); the other rows of the batch stand."""
 
     message: str
+    cause: Error | None = None  # raised by `Sample.mask`: the row's KV is sound, and this ends the process
 
 
 Row = Sampled | RowError | None  # None where `sample` was None

@@ -6,7 +6,7 @@ operations ──> Completed ─────────────────
                                                                                       core.step(now, events)
                                                                                                     │
 host  <── Deliver Reply Close ──────────────────────────────────────────────────────────────────────┤
-files <── Open Encode Journal    (operations of the host) ──────────────────────────────────────────┤
+files <── Open Encode Compile Journal    (operations of the host) ──────────────────────────────────┤
 swap  <── SwapOut SwapIn Demote Discard    (between device, host memory and disk) ──────────┤
 device <─ Load Unload Release Prefetch Run Copy    (operations of the driver) ──────────────────────┘
 """
@@ -18,6 +18,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from llm_os.kernel.driver import Batch, Footprint, Move, Placement
+from llm_os.kernel.grammar import Grammar
 from llm_os.kernel.image import Image
 from llm_os.kernel.journal import Record, Session
 from llm_os.kernel.request import Chunk, Completion, Request
@@ -136,7 +137,7 @@ class Opened(Struct, frozen=True):
 
 
 class Completed(Struct, frozen=True):
-    """An operation ended: with its result (Opened, token ids, rows or None), or with an error."""
+    """An operation ended: with its result (Opened, token ids, Compiled, rows or None), or with an error."""
 
     operation: int
     result: Any = None
@@ -179,6 +180,15 @@ class Encode(Struct, frozen=True):
     image: Image
     request: Request
     pid: int = 0
+
+
+class Compile(Struct, frozen=True):
+    """Compile the grammar of a process's answer for the vocabulary of its model. The result is Compiled."""
+
+    id: int
+    model: str
+    image: Image
+    grammar: Grammar
 
 
 class Load(Struct, frozen=True):
@@ -285,5 +295,7 @@ class Close(Struct, frozen=True):
     image: Image
 
 
-Operation = Open | Encode | Load | Unload | Release | Prefetch | Run | Copy | SwapOut | SwapIn | Demote | Journal
+Operation = (
+    Open | Encode | Compile | Load | Unload | Release | Prefetch | Run | Copy | SwapOut | SwapIn | Demote | Journal
+)
 Action = Operation | Discard | Deliver | Reply | Close

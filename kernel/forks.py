@@ -63,7 +63,7 @@ class Forks:
 
     def _share(self, parent: Process, child: Process) -> None:
         """The child begins with what the parent has."""
-        child.image = parent.image
+        child.image, child.compiled = parent.image, parent.compiled
         history: list[Took | Given] = []
         try:
             child.admit(parent.tokens[: parent.prompt_tokens])

@@ -69,6 +69,11 @@ class Image(Protocol):
         """
         ...
 
+    def token_bytes(self) -> Sequence[bytes]:
+        """What each token of the vocabulary says, by id: `vocab_size` of them, b"" for one that is no text (an end, a
+        marker). The same object each time, for who keeps something by vocabulary."""
+        ...
+
     def decoder(self) -> TextDecoder:
         """A fresh streaming decoder."""
         ...

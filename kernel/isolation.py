@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from llm_os.kernel.errors import Error, PluginError
@@ -81,10 +82,18 @@ class Lane:
         """What `function(*arguments)` returns, which must be of type `kind` (or None).
 
         Raises PluginError if it is not, if the call raises or takes too long, and an Error of ours as it is."""
-        if self.health.off is not None:
-            raise PluginError(self.health.off)
+        return self.start(hook, kind, function, *arguments)()
+
+    def start(self, hook: str, kind: Any, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """Begin a call, without waiting for it: what is returned waits, and returns or raises what `call` would."""
         future: Future[Any] = Future()
-        self._put(_Job(hook, function, arguments, future))
+        if self.health.off is None:
+            self._put(_Job(hook, function, arguments, future))
+        else:
+            future.set_exception(PluginError(self.health.off))
+        return partial(self._finish, hook, kind, future)
+
+    def _finish(self, hook: str, kind: Any, future: Future[Any]) -> Any:
         try:
             result = self._wait(future)
         except PluginError:
@@ -154,6 +163,10 @@ class Lane:
             del job
 
     def _perform(self, job: _Job) -> None:
+        if self.health.off is not None:  # since it was asked for: many that hang would hold up who waits for them
+            if job.future is not None:
+                _settle(job.future, error=PluginError(self.health.off))
+            return
         try:
             result = job.function(*job.arguments)
         except BaseException as error:

@@ -175,6 +175,8 @@ class Loop:
                     future = self.host.submit(self.open, model, image)
                 case ev.Encode():
                     future = self.encode(operation)
+                case ev.Compile(_, _, image, grammar):
+                    future = self.waiters.submit(self.plugins.compile_grammar, grammar, image)
                 case ev.Load(_, model, image, placement):
                     future = self.driver.load(model, image, placement)
                 case ev.Unload(_, model):
@@ -192,6 +194,9 @@ class Loop:
                 case ev.Journal(_, records):
                     future = self.disk.append(records)
                 case ev.Run(id, batch):
+                    for sequence in batch.sequences:
+                        if sequence.sample is not None and sequence.sample.mask is not None:
+                            sequence.sample.mask.begin()
                     future = self.driver.run(batch)
                     if self.plugins.watching:
                         self.runs[id] = batch, time.monotonic()

@@ -17,10 +17,11 @@ import pluggy
 from llm_os.kernel import hookspecs
 from llm_os.kernel.compression import Pass
 from llm_os.kernel.config import Config
+from llm_os.kernel.constraint import Compiled
 from llm_os.kernel.driver import DeviceInfo, Driver, DriverFactory, DriverProbe
 from llm_os.kernel.errors import ConfigError, Error, ModelNotFound, PluginError, Refused, RequestError, Unsupported
 from llm_os.kernel.filters import Filter, TextFilter
-from llm_os.kernel.grammar import Grammar, Language
+from llm_os.kernel.grammar import Grammar
 from llm_os.kernel.image import Image
 from llm_os.kernel.isolation import Guard, Health, Lane
 from llm_os.kernel.journal import Log
@@ -44,6 +45,8 @@ class Plugins:
         self._manager = pluggy.PluginManager(hookspecs.hookspec.project_name)
         self._manager.add_hookspecs(hookspecs)
         self._lanes = {m.name: Lane(Health(m.name), config.hook_limit_s) for m in self.manifests}
+        # Batches wait for masks: those have a thread of their own, so that they wait for no grammar to be compiled.
+        self._masks = {name: Lane(lane.health, config.hook_limit_s) for name, lane in self._lanes.items()}
         self._guard = Guard(config.hook_limit_s)
         for manifest in self.manifests:
             self._enable(manifest)
@@ -226,27 +229,27 @@ class Plugins:
             raise ConfigError("swap_host or swap_disk is set, but no plugin keeps swapped pages")
         return store
 
-    def compile_grammar(self, grammar: Grammar, image: Image) -> Language:
+    def compile_grammar(self, grammar: Grammar, image: Image) -> Compiled:
         """Raises RequestError for a grammar that cannot be used, PluginError."""
-        language = self._ask("compile_grammar", object, {"grammar": grammar, "image": image})
+        plugin, language = self._ask("compile_grammar", object, {"grammar": grammar, "image": image})
         if language is None:
             raise RequestError(f"no plugin compiles grammars of kind {grammar.kind!r}; enable one that does")
-        return language  # type: ignore[no-any-return]
+        return Compiled(language, partial(self._masks[plugin].start, "Matcher.allowed", bytes))
 
     def admit(self, request: Request) -> None:
         """Raises Refused if a plugin does, PluginError."""
-        reason = self._ask("admit", str, {"request": request})
+        _, reason = self._ask("admit", str, {"request": request})
         if reason is not None:
             raise Refused(" ".join(reason.split()))
 
-    def _ask(self, hook: str, kind: Any, values: dict[str, Any]) -> Any:
-        """The first answer that is not None; who was enabled last is asked first."""
+    def _ask(self, hook: str, kind: Any, values: dict[str, Any]) -> tuple[str, Any]:
+        """The first answer that is not None, and whose it is; who was enabled last is asked first."""
         for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
             lane = self._lanes[implementation.plugin_name]
             answer = lane.call(hook, kind, implementation.function, *(values[n] for n in implementation.argnames))
             if answer is not None:
-                return answer
-        return None
+                return lane.health.plugin, answer
+        return "", None
 
     def pick_victim(self, victims: list[ModelInfo]) -> str | None:
         """In the kernel's thread. None if nobody chooses."""
@@ -290,7 +293,7 @@ class Plugins:
     def close(self) -> None:
         """After the last event."""
         self._guard.close()
-        for lane in self._lanes.values():
+        for lane in (*self._lanes.values(), *self._masks.values()):
             lane.close()
 
 

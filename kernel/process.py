@@ -10,6 +10,7 @@ from enum import StrEnum
 from msgspec import Struct, structs
 
 from llm_os.kernel.accounting import Reservation
+from llm_os.kernel.constraint import Compiled, Constraint
 from llm_os.kernel.driver import Sample, Sampled
 from llm_os.kernel.errors import ModelError, RequestError
 from llm_os.kernel.image import Image, TextDecoder
@@ -77,6 +78,9 @@ class Process:
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     base: Sample | None = None  # how it samples, but for what changes from token to token
+    compiled: Compiled | None = None  # the grammar of its answer, if there is one
+    constraint: Constraint | None = None
+    turn: int = 0  # where in `generated` the present answer begins: after the last token that ended one
     inherited: int = 0  # tokens of the answer that its parent, or an earlier life, generated
     forks: list[Process] = field(default_factory=list)  # children that wait for the operation in flight to end
     from_prompt: bool = False  # a child: it continues from its parent's prompt
@@ -118,6 +122,8 @@ class Process:
             base = self.base = self._sample()
         if base.temperature > 0:
             base = structs.replace(base, uniform=uniform(self.seed, len(self.tokens)))
+        if self.constraint is not None:
+            base = structs.replace(base, mask=self.constraint.mask(tuple(self.generated[self.turn :])))
         if base.repetition_penalty != 1.0:
             return structs.replace(base, prompt=tuple(self._context()), output=tuple(self.generated))
         if base.presence_penalty or base.frequency_penalty:
@@ -176,6 +182,8 @@ class Process:
         chat = self.request.messages is not None
         self.end_tokens = self.image.turn_end_tokens if chat else self.image.text_end_tokens
         self.decoder, self.stops = self.image.decoder(), StopStrings(sampling.stop)
+        if self.compiled is not None:
+            self.constraint = Constraint(self.compiled, self.image, self.end_tokens)
 
     def _check_tokens(self, what: str, tokens: Iterable[int]) -> None:
         assert self.image is not None
@@ -194,6 +202,8 @@ class Process:
         if self.first_token is None:
             self.first_token = now
         ended = sampled.token in self.end_tokens
+        if ended:
+            self.turn = len(self.generated)
         full = len(self.generated) >= self.max_tokens
         text = "" if ended else self.stops.push(_text(self.decoder.push(sampled.token)))
         if (ended or full) and not self.stops.hit:

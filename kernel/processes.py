@@ -8,8 +8,11 @@ How those begin that continue another one is in `forks.py`, and those of an earl
 
 from __future__ import annotations
 
+from functools import partial
+
 from llm_os.kernel import events as ev
 from llm_os.kernel.accounting import Accounting
+from llm_os.kernel.compiling import Compiling
 from llm_os.kernel.config import Config
 from llm_os.kernel.deadlines import Deadlines
 from llm_os.kernel.driver import Batch, Row, RowError, Sampled
@@ -45,6 +48,7 @@ class Processes:
         self.halting = False
         self.forks = Forks(self, flights, outbox)
         self.sessions = Sessions(self, flights, outbox)
+        self.compiling = Compiling(self, flights)
         self._queue_limit = config.queue_limit
         self._queue_s = config.queue_s
         self._flights = flights
@@ -133,7 +137,10 @@ class Processes:
             error = RequestError(f"the tokenizer gave {type(tokens).__name__}, no list of token ids")
         if error is not None:
             self.fail(process, as_error(error, RequestError))
-            return
+        else:
+            self.compiling.ensure(process, partial(self._admit, process, tokens))
+
+    def _admit(self, process: Process, tokens: list[int]) -> None:
         try:
             process.admit(tokens)
             self.reserve(process)
@@ -312,6 +319,9 @@ class Processes:
 
     def _advance(self, process: Process, fed: int, row: Row, sampled: bool) -> None:
         """Its KV has grown, and there may be one more token of the answer, or the end of it."""
+        if isinstance(row, RowError) and row.cause is not None:
+            self.fail(process, row.cause)
+            return
         if (sampled and not isinstance(row, Sampled)) or isinstance(row, RowError):
             self._pager.distrust(process)
             message = row.message if isinstance(row, RowError) else "the driver gave no token for a row"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from llm_os.kernel.errors import RequestError
+from llm_os.kernel.grammar import Grammar
 from llm_os.kernel.strict import Strict
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -37,6 +38,7 @@ class Sampling(Strict, frozen=True, kw_only=True):
     seed: int | None = None  # None draws one; Completion.seed says which
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
     logprobs: int | None = None  # report log-probabilities, with this many alternatives (0-20)
+    grammar: Grammar | None = None  # what the answer matches, if it is not cut short: by max_tokens, a stop string, …
 
     def __post_init__(self) -> None:
         _in_range("max_tokens", self.max_tokens, 1, 2**31 - 1)

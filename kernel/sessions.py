@@ -8,6 +8,7 @@ is asked of it before it is there waits, in the order in which it was asked.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_os.kernel import events as ev
@@ -43,11 +44,14 @@ class Sessions:
 
     def begin(self, process: Process) -> bool:
         """Its image is there: let it go on, if it is of an earlier life."""
-        event = self._restoring.pop(process.pid, None)
-        if event is not None:
-            self._continue(process, event)
-            self._catch_up(process.pid)
-        return event is not None
+        if process.pid not in self._restoring:
+            return False
+        self._table.compiling.ensure(process, partial(self._go_on, process))
+        return True
+
+    def _go_on(self, process: Process) -> None:
+        self._continue(process, self._restoring.pop(process.pid))
+        self._catch_up(process.pid)
 
     def _continue(self, process: Process, event: ev.Restore) -> None:
         """Take again what it took."""

@@ -104,6 +104,9 @@ class ModelImage:
             )
         return tokens
 
+    def token_bytes(self) -> Sequence[bytes]:
+        return self._token_bytes
+
     def decoder(self) -> TextDecoder:
         self._check_open()
         return self._tokenizer.decoder()
@@ -120,6 +123,10 @@ class ModelImage:
     def close(self) -> None:
         self._closed = True
         self._weights.close()
+
+    @cached_property
+    def _token_bytes(self) -> tuple[bytes, ...]:
+        return tuple(map(self._tokenizer.piece, range(self.vocab_size)))
 
     @cached_property
     def _chat(self) -> ChatTemplate:

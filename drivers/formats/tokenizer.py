@@ -61,6 +61,10 @@ class Tokenizer:
             ids.insert(0, self._vocabulary.bos)
         return ids
 
+    def piece(self, token: int) -> bytes:
+        """What a token says; b"" for one that is no text."""
+        return self._vocabulary.piece(token)
+
     def decoder(self) -> Utf8Decoder:
         """A fresh streaming decoder.
 

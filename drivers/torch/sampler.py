@@ -1,8 +1,9 @@
 """Chooses the next token of each row from its logits. No state, no random numbers: `Sample.uniform` is the randomness.
 
-Order: penalties -> logit bias -> (greedy, or) temperature -> top-k -> top-p -> min-p -> inverse of the distribution
-function over the tokens that are left, most likely first. Ties go to the lower token id. Reported log-probabilities are
-the model's own, before all of this. Each row is worked on alone, in float64, so that it cannot depend on the others.
+Order: penalties -> logit bias -> mask -> (greedy, or) temperature -> top-k -> top-p -> min-p -> inverse of the
+distribution function over the tokens that are left, most likely first. Ties go to the lower token id. Reported
+log-probabilities are the model's own, before all of this. Each row is worked on alone, in float64, so that it cannot
+depend on the others.
 """
 
 from __future__ import annotations
@@ -13,42 +14,62 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm_os.kernel.driver import RowError, Sample, Sampled
+from llm_os.kernel.errors import DriverError, Error
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
 
 def sample(logits: Tensor, samples: list[Sample]) -> list[Sampled | RowError]:
-    """One choice for each row of `logits`, [len(samples), vocab_size]. A row with NaN or infinity is a RowError."""
+    """One choice for each row of `logits`, [len(samples), vocab_size]. A row with NaN or infinity is a RowError, and
+    one whose mask fails; for that it waits."""
     finite = torch.isfinite(logits).all(dim=-1).tolist()
     best = logits.argmax(dim=-1).tolist()
     return [
-        _choose(logits[row], wish, best[row])
+        _try(logits[row], wish, best[row])
         if finite[row]
         else RowError("the model computed NaN or infinity for this row; its weights may be damaged")
         for row, wish in enumerate(samples)
     ]
 
 
+def _try(logits: Tensor, wish: Sample, best: int) -> Sampled | RowError:
+    try:
+        return _choose(logits, wish, best)
+    except Error as error:
+        return RowError(str(error), error)
+
+
 def _choose(logits: Tensor, wish: Sample, best: int) -> Sampled:
     adjusts = wish.repetition_penalty != 1 or wish.presence_penalty or wish.frequency_penalty or wish.logit_bias
-    if wish.temperature == 0 and not adjusts and wish.logprobs is None:
+    if wish.temperature == 0 and not adjusts and wish.mask is None and wish.logprobs is None:
         return Sampled(best)
     scores = logits.double().cpu().numpy()
+    adjusted = _penalised(scores, wish) if adjusts else scores
+    allowed = None if wish.mask is None else _allowed(wish.mask.bits(), len(scores))
+    if allowed is not None:
+        adjusted = adjusted[allowed]
     token = best
-    if adjusts:
-        adjusted = _penalised(scores, wish)
-        token = int(adjusted.argmax())
-    else:
-        adjusted = scores
     if wish.temperature > 0:
         token = _draw(adjusted, wish)
+    elif adjusts or allowed is not None:
+        token = int(adjusted.argmax())
+    if allowed is not None:
+        token = int(allowed[token])
     if wish.logprobs is None:
         return Sampled(token)
     shifted = scores - scores.max()
     logprobs = shifted - np.log(np.exp(shifted).sum())
     top = _best(logprobs, wish.logprobs)
     return Sampled(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
+
+
+def _allowed(bits: bytes, vocab: int) -> Ids:
+    """The ids that a mask leaves, in order. Raises DriverError if there are none."""
+    ids = np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), count=vocab, bitorder="little"))
+    if not len(ids):
+        raise DriverError("the mask of this row leaves no token of the model's")
+    return ids
 
 
 def _penalised(scores: Floats, wish: Sample) -> Floats:

@@ -1,0 +1,78 @@
+"""How one answer is held to its grammar: a mask for each token, begun when its batch is, awaited when it is sampled.
+
+    Compile ──> Compiled, shared ──> Constraint, one per process ──mask(answer so far)──> AnswerMask, one per token
+
+What is allowed is a function of the answer so far, so nothing has to be undone when a process is preempted, forked or
+restored. Knows neither parsers nor threads: `Compiled.start` says where the plugin's code runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from msgspec import Struct
+
+from llm_os.kernel.errors import RequestError
+from llm_os.kernel.grammar import Language, Matcher
+from llm_os.kernel.image import Image
+
+Work = Callable[[], bytes]
+
+
+def _at_once(work: Work) -> Work:
+    return work
+
+
+class Compiled(Struct, frozen=True):
+    """A language, shared by processes. `start(work)` begins work of the plugin that compiled it; what it returns waits
+    for the result, or raises an Error. By default the work is done by who waits."""
+
+    language: Language
+    start: Callable[[Work], Work] = _at_once
+
+
+class Constraint:
+    """One process's."""
+
+    def __init__(self, compiled: Compiled, image: Image, end_tokens: frozenset[int]) -> None:
+        """`end_tokens` are those that end an answer of this process; other ends of the model are never allowed."""
+        self.start = compiled.start
+        self._language = compiled.language
+        self._matcher: Matcher | None = None
+        self._size = image.vocab_size
+        self._foreign = (image.turn_end_tokens | image.text_end_tokens) - end_tokens
+
+    def mask(self, answer: tuple[int, ...]) -> AnswerMask:
+        return AnswerMask(self, answer)
+
+    def allowed(self, answer: tuple[int, ...]) -> bytes:
+        """In the plugin's thread."""
+        if self._matcher is None:
+            self._matcher = self._language.matcher()
+        bits = bytearray(self._matcher.allowed(answer))
+        if len(bits) * 8 < self._size:
+            raise ValueError(f"it gave bits for {len(bits) * 8} tokens of {self._size}")
+        for token in self._foreign:
+            bits[token >> 3] &= ~(1 << (token & 7))
+        if not any(bits):
+            raise RequestError(f"the grammar allows no token and no end after {len(answer)} tokens of the answer")
+        return bytes(bits)
+
+
+class AnswerMask:
+    """What may come after one answer."""
+
+    def __init__(self, constraint: Constraint, answer: tuple[int, ...]) -> None:
+        self._constraint = constraint
+        self._answer = answer
+        self._wait: Work | None = None
+
+    def begin(self) -> None:
+        if self._wait is None:
+            self._wait = self._constraint.start(partial(self._constraint.allowed, self._answer))
+
+    def bits(self) -> bytes:
+        self.begin()
+        assert self._wait is not None
+        return self._wait()
