@@ -106,11 +106,11 @@ class Core:
                 case ev.Renice():
                     table.renice(event)
                 case ev.Block():
-                    table.block(event)
+                    table.pauses.block(event)
                 case ev.Unblock():
-                    table.unblock(event)
+                    table.pauses.unblock(event)
                 case ev.Finish():
-                    table.finish(event)
+                    table.pauses.finish(event)
                 case ev.LoadModel():
                     self.loader.load(event)
                 case ev.UnloadModel():

@@ -3,7 +3,8 @@
     submit ──> NEW ──encode──> READY ──> … ──> ended, told once, pages back as soon as nothing in flight names them
     fork, restore ───────────────^
 
-How those begin that continue another one is in `forks.py`, and those of an earlier life in `sessions.py`.
+How those begin that continue another one is in `forks.py`, and those of an earlier life in `sessions.py`; how they
+stop for a while in `pauses.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from llm_os.kernel.driver import Batch, Row, RowError, Sampled
 from llm_os.kernel.errors import Closed, DriverError, Error, ModelError, Refused, RequestError, as_error
 from llm_os.kernel.flights import Flights
 from llm_os.kernel.forks import Forks
-from llm_os.kernel.journal import Began, Blocked, Done, Given, Record, Reniced, Took
+from llm_os.kernel.journal import Began, Done, Record, Reniced, Took
 from llm_os.kernel.outbox import Outbox
 from llm_os.kernel.page_table import PageTable
 from llm_os.kernel.pager import Pager
+from llm_os.kernel.pauses import Pauses
 from llm_os.kernel.process import Process, ProcessInfo, State
 from llm_os.kernel.request import Chunk, FinishReason
 from llm_os.kernel.residency import Model, Residency, Where
@@ -48,6 +50,7 @@ class Processes:
         self.halting = False
         self.forks = Forks(self, flights, outbox)
         self.sessions = Sessions(self, flights, outbox)
+        self.pauses = Pauses(self, flights, outbox, residency, scheduler)
         self.compiling = Compiling(self, flights)
         self._queue_limit = config.queue_limit
         self._queue_s = config.queue_s
@@ -192,8 +195,8 @@ class Processes:
         self.forks.begin(process)
         if process.holding:  # a fork, or of an earlier life
             self._outbox.say(ev.Deliver(process.pid, Chunk(text="", waiting=True)))
-            self._hold(process)
-        self._stop_if_asked(process)
+            self.pauses.hold(process)
+        self.pauses.stop_if_asked(process)
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
@@ -212,74 +215,6 @@ class Processes:
             if process.tokens or process.restored:
                 self._outbox.note(Reniced(process.pid, process.nice))
         self._reply(event.ticket, None if process else RequestError(f"there is no process {event.pid}"))
-
-    def block(self, event: ev.Block) -> None:
-        if self.sessions.defer(event):
-            return
-        process = self.live.get(event.pid)
-        if process is None:
-            self._reply(event.ticket, RequestError(f"there is no process {event.pid}"))
-        elif process.blocking is not None or (process.state is State.BLOCKED and not process.holding):
-            self._reply(event.ticket, RequestError(f"process {event.pid} is blocked already"))
-        else:
-            process.resumes = None if event.expected_s is None else self._flights.now + event.expected_s
-            if process.state is State.BLOCKED:
-                self._outbox.say(ev.Reply(event.ticket))
-            else:
-                process.blocking = event.ticket
-                self._stop_if_asked(process)
-
-    def _stop_if_asked(self, process: Process) -> None:
-        """Block it, if that was asked for and no batch is computing its next token."""
-        if process.blocking is not None and process.state is State.READY:
-            ticket, process.blocking = process.blocking, None
-            self.stop(process)
-            self._outbox.say(ev.Reply(ticket), Blocked(process.pid))
-
-    def _hold(self, process: Process) -> None:
-        """Its turn is over: it waits for what comes next, as whoever has asked it to stop is told too."""
-        self.stop(process)
-        if process.blocking is not None:
-            ticket, process.blocking = process.blocking, None
-            self._outbox.say(ev.Reply(ticket))
-
-    def stop(self, process: Process) -> None:
-        process.state = State.BLOCKED
-        self._scheduler.withdraw(process)
-        self._residency.models[process.request.model].blocked += 1
-
-    def unblock(self, event: ev.Unblock) -> None:
-        if self.sessions.defer(event):
-            return
-        process = self.live.get(event.pid)
-        try:
-            if process is None:
-                raise RequestError(f"there is no process {event.pid}")
-            if process.state is not State.BLOCKED:
-                raise RequestError(f"process {event.pid} is not blocked")
-            process.check_gift(event.tokens)
-            self.extend(process, len(event.tokens), ahead=len(event.tokens))
-        except Error as error:
-            self._reply(event.ticket, error)
-            return
-        process.give(event.tokens)
-        process.state, process.resumes = State.READY, None
-        self._residency.models[process.request.model].blocked -= 1
-        self._scheduler.enqueue(process, self._flights.now)
-        self._outbox.say(ev.Reply(event.ticket), Given(process.pid, event.tokens))
-
-    def finish(self, event: ev.Finish) -> None:
-        if self.sessions.defer(event):
-            return
-        process = self.live.get(event.pid)
-        if process is None:
-            self._reply(event.ticket, RequestError(f"there is no process {event.pid}"))
-        elif not process.holding:
-            error = f"process {event.pid} is not held at the end of a turn (Request.hold); kill ends any process"
-            self._reply(event.ticket, RequestError(error))
-        else:
-            self.end(process, "stop")
-            self._outbox.say(ev.Reply(event.ticket))
 
     def expire(self, now: float) -> None:
         """End those whose time is up."""
@@ -343,7 +278,7 @@ class Processes:
         else:
             self._say(ev.Deliver(process.pid, chunk), process.pid, chunk)
             if chunk.waiting:
-                self._hold(process)
+                self.pauses.hold(process)
 
     def _say(self, action: ev.Deliver, pid: int, chunk: Chunk) -> None:
         """Deliver it once what it says is in the journal."""
@@ -370,7 +305,7 @@ class Processes:
                 self.forks.begin(process)
             return
         self.forks.begin(process)
-        self._stop_if_asked(process)
+        self.pauses.stop_if_asked(process)
         self._scheduler.note_pages(process)
 
     # -- ends --------------------------------------------------------------------------------------------------------
@@ -411,9 +346,7 @@ class Processes:
         self._scheduler.withdraw(process)
         assert process.reservation is not None
         self._accounting.settle(process.reservation, process.charged)
-        if process.blocking is not None:
-            self._reply(process.blocking, RequestError(f"process {process.pid} ended before it could be blocked"))
-            process.blocking = None
+        self.pauses.gone(process)
         if self._last_end is not None:
             self._between_ends += 0.2 * (self._flights.now - self._last_end - self._between_ends)
         self._last_end = self._flights.now

@@ -74,7 +74,7 @@ class Sessions:
         self._table.ready(process)
         stopped = process.state is State.BLOCKED  # it is held, or was asked to while its model was being opened
         if not stopped and session.since and isinstance(session.since[-1], Blocked):
-            self._table.stop(process)
+            self._table.pauses.stop(process)
 
     # -- what is asked too early -------------------------------------------------------------------------------------
 
@@ -89,11 +89,11 @@ class Sessions:
         for event in self._early.pop(pid, ()):
             match event:
                 case ev.Block():
-                    self._table.block(event)
+                    self._table.pauses.block(event)
                 case ev.Unblock():
-                    self._table.unblock(event)
+                    self._table.pauses.unblock(event)
                 case ev.Finish():
-                    self._table.finish(event)
+                    self._table.pauses.finish(event)
 
     def gone(self, pid: int) -> None:
         """It has ended: who asked for something is told so."""
