@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export QUESTION ?= What is the capital of France?
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test sim planted-bugs bench-kernel lint types imports packaging check clean
+.PHONY: help install dev run test sim planted-bugs bench-kernel lint types imports packaging contract promises check clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -54,7 +54,13 @@ imports: dev ## the rooms' import rules
 packaging: dev ## the wheel, the facade, and what may not be installed
 	@$(BIN)/python -m pytest --quiet tests/test_packaging.py
 
-check: lint types imports packaging ## what CI runs beside the tests
+promises: dev ## whether plugins still get what the contract of this version promises
+	@$(BIN)/python tests/contract.py
+
+contract: dev ## write down what the contract promises now; refuses what would break plugins
+	@$(BIN)/python tests/contract.py --write
+
+check: lint types imports packaging promises ## what CI runs beside the tests
 
 clean: ## remove caches and build products, not the virtual environment
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
