@@ -41,4 +41,5 @@ def _fits(plan: Plan, story: Story) -> bool:
     tokens = len(story.prompt) + (1 if most is None else most) + 64
     needed = 2 * -(-tokens * image.kv_bytes_per_token // FRAME) + 1
     weights = image.layers * -(-image.layer_bytes // FRAME) + -(-plan.config.batch_tokens * 64 // FRAME)
-    return needed <= int(plan.config.memory) // FRAME - weights
+    memory = plan.config.memory
+    return isinstance(memory, int) and needed <= memory // FRAME - weights
