@@ -175,9 +175,7 @@ class TorchDriver:
             torch.cuda.empty_cache()
 
     def _prefetch(self, image: Image) -> None:
-        warm(_contents(image).weights, lambda: not self._closed)
-        if self._closed:
-            raise Closed(f"the {self._device.type} driver was closed while it read {image.name}")
+        warm(_contents(image).weights)
 
     def _copy(self, model: str, moves: tuple[Move, ...]) -> None:
         pool = self._arena.pool(model)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm_os.drivers.formats.weights import Weights
 
-_PIECE = 16 << 20  # bytes between two looks at `wanted`
 
-
-def warm(weights: Weights, wanted: Callable[[], bool]) -> None:
-    """Read every tensor once, until it is no longer wanted; returns when all are in the cache.
+def warm(weights: Weights) -> None:
+    """Read every tensor once; returns when all are in the cache.
 
     Keeps nothing. Tensors that a file stores in another order are copied to be seen, one at a time.
     """
@@ -25,10 +22,8 @@ def warm(weights: Weights, wanted: Callable[[], bool]) -> None:
         if mapping is not None and id(mapping) not in seen and hasattr(mmap, "MADV_WILLNEED"):
             seen.add(id(mapping))
             mapping.madvise(mmap.MADV_WILLNEED)  # reads ahead in large pieces what the loop then waits for
-        for start in range(0, len(data), _PIECE):
-            if not wanted():
-                return
-            data[start : start + _PIECE : mmap.PAGESIZE].max()
+        if len(data):
+            data[:: mmap.PAGESIZE].max()
 
 
 def _mapping(data: NDArray[np.uint8]) -> mmap.mmap | None:
