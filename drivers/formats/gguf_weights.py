@@ -45,6 +45,9 @@ class GgufWeights:
     def names(self) -> tuple[str, ...]:
         return self._file.names()
 
+    def kept(self, name: str) -> str | None:
+        return None
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._file[name].shape for name in self._file.names()}
 

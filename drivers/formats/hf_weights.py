@@ -76,6 +76,9 @@ class HfWeights:
     def names(self) -> tuple[str, ...]:
         return tuple(self._open())
 
+    def kept(self, name: str) -> str | None:
+        return None
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._open().items()}
 

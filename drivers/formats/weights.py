@@ -8,12 +8,14 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+_PART_VALUES = 1 << 22  # values that `quantized` has as float32 at a time
+
 
 class WeightTensor(Struct, frozen=True, kw_only=True):
     """One tensor: `data` is a view of the file, [rows, bytes per row], rows being all dimensions but the last.
 
-    `kind` is a GGML type name: "F32", "F16", "BF16", "Q4_1", ... Blocks of a quantized type lie along the last
-    dimension, so rows can be taken, permuted and concatenated freely.
+    `kind` is a GGML type name: "F32", "F16", "BF16", "Q4_1", ..., or one that only passes make (`integer_rows.py`).
+    Blocks of a quantized type lie along the last dimension, so rows can be taken, permuted and concatenated freely.
     """
 
     name: str
@@ -26,6 +28,28 @@ class WeightTensor(Struct, frozen=True, kw_only=True):
         from llm_os.drivers.formats.quants import dequantize
 
         return dequantize(self.data, self.kind, self.shape[-1]).reshape(self.shape)
+
+    def replaced(self, values: NDArray[np.float32]) -> WeightTensor:
+        """The tensor with other `values`, float32, of the same shape."""
+        rows = np.ascontiguousarray(values, np.float32).reshape(-1, values.shape[-1])
+        return WeightTensor(name=self.name, shape=values.shape, kind="F32", data=rows.view(np.uint8))
+
+    def quantized(self, kind: str) -> WeightTensor:
+        """The tensor in another type: "INT8_ROW", "INT8_ROW_H64" (drivers/formats/integer_rows.py) or "Q4_1".
+
+        A few million values at a time. Raises Unsupported for another type, or where the rows do not fit it.
+        """
+        from llm_os.drivers.formats.quants import dequantize, held_row_bytes, quantize
+
+        if self.kind == kind:
+            return self
+        columns = self.shape[-1]
+        data = np.empty((len(self.data), held_row_bytes(kind, columns)), np.uint8)
+        step = max(1, _PART_VALUES // columns)
+        for start in range(0, len(data), step):
+            part = slice(start, start + step)
+            data[part] = quantize(dequantize(self.data[part], self.kind, columns), kind)
+        return WeightTensor(name=self.name, shape=self.shape, kind=kind, data=data)
 
 
 class Weights(Protocol):
@@ -42,5 +66,11 @@ class Weights(Protocol):
         ...
 
     def names(self) -> tuple[str, ...]: ...
+
+    def kept(self, name: str) -> str | None:
+        """The type in which a device holds this matrix, because a pass asks for it; None: as suits the device.
+
+        Reads no contents. The tensor comes in that type."""
+        ...
 
     def close(self) -> None: ...

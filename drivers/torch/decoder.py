@@ -16,7 +16,7 @@ from torch import Tensor
 from llm_os.drivers.formats.architecture import Architecture, Rope
 from llm_os.drivers.formats.weights import Weights
 from llm_os.drivers.torch.attention import Plan, Stretch, attend
-from llm_os.drivers.torch.embedding import open_embedding
+from llm_os.drivers.torch.embedding import EMBEDDING, open_embedding
 from llm_os.drivers.torch.linear import Format, Linear
 from llm_os.drivers.torch.pool import KvPool, Places
 from llm_os.drivers.torch.rope import Rotation
@@ -33,11 +33,12 @@ class DecoderLayer:
         self.window = architecture.layers[index].window
         self._activation = ACTIVATIONS[architecture.activation]
         parts = _Parts(weights, f"blk.{index}.", format)
-        self._qkv = parts.linear(*parts.fused("attn_qkv", "attn_q", "attn_k", "attn_v"))
+        matrices = layer_matrices(weights, index)
+        self._qkv = parts.linear(matrices["qkv"])
         self._qkv_bias = parts.bias("attn_q", "attn_k", "attn_v") if architecture.qkv_bias else None
-        self._output = parts.linear("attn_output")
-        self._gate_up = parts.linear(*(("ffn_gate", "ffn_up") if "ffn_gate" in parts else ("ffn_up",)))
-        self._down = parts.linear("ffn_down")
+        self._output = parts.linear(matrices["output"])
+        self._gate_up = parts.linear(matrices["gate_up"])
+        self._down = parts.linear(matrices["down"])
         self._attention_norm = parts.vector("attn_norm")
         self._feed_forward_norm = parts.vector("ffn_norm")
         self._qk_norm = parts.per_head(architecture) if architecture.qk_norm else None
@@ -84,8 +85,8 @@ class Decoder:
         self._layers = [DecoderLayer(architecture, i, weights, format) for i in range(len(architecture.layers))]
         parts = _Parts(weights, "", format)
         self._norm = parts.vector("output_norm")
-        shared = self._embedding.head(format) if architecture.tied_embeddings else None
-        self._head = shared or parts.linear("token_embd" if architecture.tied_embeddings else "output")
+        head = head_name(architecture, weights, format)
+        self._head = parts.linear([head]) if head is not None else self._embedding.head(format)
         self.nbytes = self._embedding.nbytes + sum(layer.nbytes for layer in self._layers) + parts.nbytes
 
     def forward(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Tensor:
@@ -116,6 +117,24 @@ class Decoder:
             yield self._head(hidden[start : start + tile])
 
 
+def layer_matrices(weights: Weights, index: int) -> dict[str, list[str]]:
+    """The tensors that each matrix of a layer is made of: those that multiply the same rows are one."""
+    names = {
+        "qkv": ["attn_qkv"] if f"blk.{index}.attn_qkv.weight" in weights else ["attn_q", "attn_k", "attn_v"],
+        "output": ["attn_output"],
+        "gate_up": ["ffn_gate", "ffn_up"] if f"blk.{index}.ffn_gate.weight" in weights else ["ffn_up"],
+        "down": ["ffn_down"],
+    }
+    return {matrix: [f"blk.{index}.{name}.weight" for name in parts] for matrix, parts in names.items()}
+
+
+def head_name(architecture: Architecture, weights: Weights, format: Format) -> str | None:
+    """The tensor that the head is made of; None where it shares the embedding's matrix on the device."""
+    if not architecture.tied_embeddings or weights.kept("output.weight") is not None:
+        return "output.weight"
+    return EMBEDDING if format.embedding_in_file_type else None
+
+
 class _Parts:
     """The tensors under one prefix, taken to the device, and the bytes they came to."""
 
@@ -125,15 +144,9 @@ class _Parts:
         self._format = format
         self.nbytes = 0
 
-    def __contains__(self, name: str) -> bool:
-        return f"{self._prefix}{name}.weight" in self._weights
-
-    def fused(self, whole: str, *pieces: str) -> tuple[str, ...]:
-        return (whole,) if whole in self else pieces
-
-    def linear(self, *names: str) -> Linear:
-        """One product for several weights that multiply the same rows."""
-        linear = self._format.linear([self._weights[f"{self._prefix}{name}.weight"] for name in names])
+    def linear(self, names: list[str]) -> Linear:
+        """One product for several weights that multiply the same rows. Their names are whole."""
+        linear = self._format.linear(self._weights, names)
         self.nbytes += linear.nbytes
         return linear
 

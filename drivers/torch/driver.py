@@ -21,12 +21,12 @@ import torch
 from msgspec import Struct
 
 from llm_os.drivers.formats.architecture import Architecture
+from llm_os.drivers.formats.changed import stored
 from llm_os.drivers.formats.weights import Weights
 from llm_os.drivers.torch.allocator import releasing
 from llm_os.drivers.torch.arena import Arena
 from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import Decoder
-from llm_os.drivers.torch.embedding import embedding_bytes
 from llm_os.drivers.torch.footprint import measure
 from llm_os.drivers.torch.linear import choose_format
 from llm_os.drivers.torch.page_cache import warm
@@ -84,8 +84,7 @@ class TorchDriver:
 
     def footprint(self, image: Image, batch_tokens: int) -> Footprint:
         contents = _contents(image)
-        embedding = embedding_bytes(contents.weights, self._format)
-        return measure(contents.hyperparameters, embedding, self._format, batch_tokens, self._page_tokens)
+        return measure(contents.hyperparameters, contents.weights, self._format, batch_tokens, self._page_tokens)
 
     def load(self, model: str, image: Image, placement: Placement) -> Future[None]:
         return self._submit(self._loads, lambda: self._load(model, image, placement))
@@ -175,7 +174,7 @@ class TorchDriver:
             torch.cuda.empty_cache()
 
     def _prefetch(self, image: Image) -> None:
-        warm(_contents(image).weights)
+        warm(stored(_contents(image).weights))
 
     def _copy(self, model: str, moves: tuple[Move, ...]) -> None:
         pool = self._arena.pool(model)

@@ -10,7 +10,7 @@ from torch import Tensor
 from llm_os.drivers.formats.weights import Weights, WeightTensor
 from llm_os.drivers.torch.linear import DenseLinear, Format, Linear
 
-_NAME = "token_embd.weight"
+EMBEDDING = "token_embd.weight"
 
 
 class FileEmbedding:
@@ -29,9 +29,9 @@ class FileEmbedding:
         picked = structs.replace(self._tensor, data=data, shape=(len(tokens), self._tensor.shape[1]))
         return torch.from_numpy(picked.float32())
 
-    def head(self, format: Format) -> Linear | None:
-        """None: these rows cannot be multiplied, so that a tied head is a matrix of its own."""
-        return None
+    def head(self, format: Format) -> Linear:
+        """These rows cannot be multiplied: a tied head is a matrix of its own."""
+        raise TypeError("an embedding in the file's type is no head")
 
 
 class DeviceEmbedding:
@@ -48,18 +48,23 @@ class DeviceEmbedding:
         """[len(tokens), hidden], float32."""
         return self._weight[torch.tensor(tokens, device=self._weight.device)].float()
 
-    def head(self, format: Format) -> Linear | None:
+    def head(self, format: Format) -> Linear:
+        """A tied head, which shares the matrix."""
         return DenseLinear(self._weight, format.tile)
 
 
 def open_embedding(weights: Weights, format: Format) -> FileEmbedding | DeviceEmbedding:
     """Raises FormatError when the model has none."""
     if format.embedding_in_file_type:
-        return FileEmbedding(weights[_NAME])
-    return DeviceEmbedding(format.dense([weights[_NAME]]))
+        return FileEmbedding(weights[EMBEDDING])
+    return DeviceEmbedding(format.dense([weights[EMBEDDING]]))
 
 
 def embedding_bytes(weights: Weights, format: Format) -> int:
     """What `open_embedding` will hold."""
-    tensor = weights[_NAME]
-    return tensor.data.nbytes if format.embedding_in_file_type else format.nbytes(*tensor.shape)
+    tensor = weights[EMBEDDING]
+    return (
+        tensor.data.nbytes
+        if format.embedding_in_file_type
+        else tensor.shape[0] * tensor.shape[1] * format.dtype.itemsize
+    )

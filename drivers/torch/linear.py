@@ -2,12 +2,15 @@
 
 A format promises two things. A row's product does not depend on the other rows: every call multiplies a tile of exactly
 `tile` rows, because for another number of rows a matrix library picks another kernel, which rounds differently. And it
-holds exactly `rows x columns x bytes per value`, which is what the kernel's ledger was told.
+holds exactly the bytes that `nbytes` says, which is what the kernel's ledger was told.
+
+Matrices are held as float32 (or bfloat16), whatever the file's type, unless a pass asks for another type: those are in
+`quantized`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol, cast
 
 import numpy as np
@@ -17,7 +20,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from llm_os.drivers.formats.weights import WeightTensor
+from llm_os.drivers.formats.weights import Weights, WeightTensor
+from llm_os.drivers.torch.quantized import (
+    Int4Linear,
+    IntegerLinear,
+    UnpackedLinear,
+    Way,
+    choose_way,
+    held_bytes,
+    probe_int4,
+    probe_integers,
+)
+from llm_os.drivers.torch.rows import by_tiles
 
 PART_BYTES = 32 << 20  # of float32 values dequantized at a time while loading
 
@@ -47,7 +61,7 @@ class DenseLinear:
         return self._weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _by_tiles(functional.linear, x.to(self._weight.dtype), self._weight, self._tile)
+        return by_tiles(functional.linear, x.to(self._weight.dtype), self._weight, self._tile)
 
 
 class PackedLinear:
@@ -68,7 +82,7 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self._dtype)
-        products = [_by_tiles(_multiply_packed, x, part, self._tile) for part in self._parts]
+        products = [by_tiles(_multiply_packed, x, part, self._tile) for part in self._parts]
         return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
     @staticmethod
@@ -102,16 +116,6 @@ def _row_parts(tensors: list[WeightTensor]) -> Iterator[Tensor]:
         yield torch.from_numpy(pending[0] if len(pending) == 1 else np.concatenate(pending))
 
 
-def _by_tiles(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, tile: int) -> Tensor:
-    """The products of `x` [n, in], in float32, from tiles of exactly `tile` rows; the last is padded with zeros."""
-    rows = len(x)
-    if rows % tile:
-        x = functional.pad(x, (0, 0, 0, -rows % tile))
-    products = [multiply(x[start : start + tile], weight) for start in range(0, len(x), tile)]
-    product = products[0] if len(products) == 1 else torch.cat(products)
-    return product[:rows].float()
-
-
 class Format(Struct, frozen=True):
     """How weights are held on one device at one precision."""
 
@@ -120,11 +124,17 @@ class Format(Struct, frozen=True):
     packed: bool  # oneDNN's layout, where the shape allows it
     device: torch.device
     embedding_in_file_type: bool  # rows of the embedding are dequantized on the host, where they are read
+    integers: Way | None = None  # how 8-bit rows are multiplied: "onednn", "emulated", or unpacked
+    int4: bool = False  # torch's product with 4-bit groups, else unpacked
 
-    def linear(self, tensors: list[WeightTensor]) -> Linear:
+    def linear(self, weights: Weights, names: list[str]) -> Linear:
         """One matrix from the rows of several, which have the same number of columns."""
-        rows = sum(tensor.shape[0] for tensor in tensors)
-        if self.packed and PackedLinear.fits(rows, tensors[0].shape[1]):
+        tensors = [weights[name] for name in names]
+        rows, columns = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
+        kind = _kept(weights, names)
+        if kind is not None:
+            return self._held([tensor.data for tensor in tensors], kind, columns)
+        if self.packed and PackedLinear.fits(rows, columns):
             return PackedLinear((part.to(self.dtype) for part in _row_parts(tensors)), self.tile)
         return DenseLinear(self.dense(tensors), self.tile)
 
@@ -138,17 +148,39 @@ class Format(Struct, frozen=True):
             filled += len(part)
         return weight
 
-    def nbytes(self, rows: int, columns: int) -> int:
-        """What `linear` will hold for a weight of this shape."""
-        return rows * columns * self.dtype.itemsize
+    def nbytes(self, weights: Weights, names: list[str], rows: int, columns: int) -> int:
+        """What `linear` will hold for a weight of this shape. Reads no contents."""
+        kind = _kept(weights, names)
+        if kind is None:
+            return rows * columns * self.dtype.itemsize
+        return held_bytes(choose_way(kind, rows, columns, self.integers, self.int4), kind, rows, columns)
+
+    def _held(self, parts: list[NDArray[np.uint8]], kind: str, columns: int) -> Linear:
+        data = np.concatenate(parts)  # a copy, so that no view of the file outlives the load
+        way = choose_way(kind, len(data), columns, self.integers, self.int4)
+        if way == "int4":
+            return Int4Linear(data, columns)
+        if way == "unpacked":
+            held = torch.from_numpy(data).to(self.device)
+            return UnpackedLinear(held, kind, columns, self.tile, self.dtype)
+        return IntegerLinear(data, kind, way)
+
+
+def _kept(weights: Weights, names: list[str]) -> str | None:
+    """The type that all of them shall be held in, if there is one."""
+    kinds = {weights.kept(name) for name in names}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def choose_format(precision: str, device: torch.device) -> Format:
     """The format for "exact" (float32, the reference) or "fast".
 
     On a CPU both are float32 for now: bfloat16 is 1.6 to 2.3 times faster and changed answers (docs/decisions/0004). A
-    tile of 16 rows costs 1.7 times one row.
+    tile of 16 rows costs 1.7 times one row. Matrices that a pass wants held in 8 or 4 bits are unpacked in exact mode,
+    and multiplied as they are in fast mode, where the processor can.
     """
     if device.type == "cpu":
-        return Format(torch.float32, 16, torch.backends.mkldnn.is_available(), device, True)  # type: ignore[no-untyped-call]
+        integers, int4 = (probe_integers(), probe_int4()) if precision == "fast" else (None, False)
+        packed = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return Format(torch.float32, 16, packed, device, True, integers, int4)
     return Format(torch.bfloat16 if precision == "fast" else torch.float32, 16, False, device, False)

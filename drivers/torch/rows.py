@@ -51,3 +51,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu_tanh":
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (Zhang and Sennrich 2019) over the last dimension of a float32 `x`."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def by_tiles(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, tile: int) -> Tensor:
+    """The products of `x` [n, in], in float32, from tiles of exactly `tile` rows; the last is padded with zeros."""
+    rows = len(x)
+    if rows % tile:
+        x = functional.pad(x, (0, 0, 0, -rows % tile))
+    products = [multiply(x[start : start + tile], weight) for start in range(0, len(x), tile)]
+    product = products[0] if len(products) == 1 else torch.cat(products)
+    return product[:rows].float()

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from llm_os.drivers.formats import quants
+from llm_os.drivers.formats import quants, weights
 from llm_os.kernel.errors import Unsupported
 
 QUANTIZED = [name for name, kind in quants.KINDS.items() if kind.block_values > 1]
@@ -92,3 +92,55 @@ def test_rows_of_the_wrong_length_are_refused(backend: str) -> None:
 def test_an_unknown_kind_is_named() -> None:
     with pytest.raises(Unsupported, match="IQ2_XS"):
         quants.dequantize(np.zeros((1, 1), np.uint8), "IQ2_XS", 1)
+
+
+@pytest.fixture
+def rows() -> np.ndarray:
+    numbers = np.random.default_rng(3)
+    values = numbers.standard_normal((50, 192)).astype(np.float32)
+    values[:, 7] *= 30  # an outlier in every row
+    values[4] = 0
+    values[5] = 2.5
+    return values
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("INT8_ROW", 0.06), ("INT8_ROW_H64", 0.02), ("Q4_1", 0.13)])
+def test_quantized_values_are_near_the_originals(rows: np.ndarray, kind: str, limit: float) -> None:
+    data = quants.quantize(rows, kind)
+    assert data.shape == (50, quants.held_row_bytes(kind, 192))
+    values = quants.dequantize(data, kind, 192)
+    assert np.linalg.norm(values - rows) < limit * np.linalg.norm(rows)
+    assert not values[4].any()
+    assert np.allclose(values[5], 2.5, rtol=0.01)
+
+
+def test_quantizing_what_was_quantized_changes_nothing(rows: np.ndarray) -> None:
+    for kind in ("INT8_ROW", "Q4_1"):
+        once = quants.dequantize(quants.quantize(rows, kind), kind, 192)
+        twice = quants.dequantize(quants.quantize(once, kind), kind, 192)
+        assert np.allclose(once, twice, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["INT8_ROW", "INT8_ROW_H64", "Q4_1"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_damaged_values_stay_damaged_where_they_are(rows: np.ndarray, kind: str, bad: float) -> None:
+    expected = quants.dequantize(quants.quantize(rows, kind), kind, 192)
+    rows[9, 3] = bad
+    values = quants.dequantize(quants.quantize(rows, kind), kind, 192)
+    assert np.isnan(values[9, 3])
+    assert np.array_equal(np.delete(values, 9, 0), np.delete(expected, 9, 0))
+
+
+def test_a_tensor_is_quantized_in_parts_as_in_one_piece(rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = weights.WeightTensor(name="t", shape=(0, 192), kind="F32", data=np.empty((0, 768), np.uint8))
+    tensor = tensor.replaced(rows)
+    whole = tensor.quantized("Q4_1")
+    monkeypatch.setattr(weights, "_PART_VALUES", 7 * 192)
+    assert np.array_equal(tensor.quantized("Q4_1").data, whole.data)
+    assert whole.quantized("Q4_1") is whole
+
+
+def test_rows_that_do_not_fit_a_type_are_refused() -> None:
+    for kind, columns in (("Q4_1", 48), ("INT8_ROW_H64", 96), ("Q8_0", 64)):
+        with pytest.raises(Unsupported, match=kind):
+            quants.quantize(np.zeros((2, columns), np.float32), kind)

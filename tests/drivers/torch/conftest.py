@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from llm_os.drivers.cpu import open_cpu
 from llm_os.drivers.formats.architecture import Architecture, Layer, Rope
+from llm_os.drivers.formats.changed import change_weights, weight_matrices
+from llm_os.drivers.formats.changed import weights_of as weights_of_image
 from llm_os.drivers.formats.weights import Weights, WeightTensor
 from llm_os.drivers.torch.arena import Arena
 from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import Decoder
 from llm_os.drivers.torch.driver import TorchDriver
-from llm_os.drivers.torch.linear import choose_format
+from llm_os.drivers.torch.linear import Format, choose_format
 from llm_os.drivers.torch.pool import Layout
 from llm_os.kernel.config import Config
 
@@ -40,16 +43,39 @@ class MemoryWeights:
     def names(self) -> tuple[str, ...]:
         return tuple(self._arrays)
 
+    def kept(self, name: str) -> str | None:
+        return None
+
     def close(self) -> None:
         pass
+
+
+def mode_of(mode: str) -> tuple[Format, str | None]:
+    """ "exact", "fast", or "emulated" (fast without the processor's integers), and "+int8" or "+int4" perhaps."""
+    precision, _, bits = mode.partition("+")
+    format = choose_format("fast" if precision == "emulated" else precision, torch.device("cpu"))
+    return structs.replace(format, integers="emulated") if precision == "emulated" else format, bits or None
+
+
+def held(architecture: Architecture, weights: Weights, bits: str | None) -> Weights:
+    """The weights as a pass has them held: every matrix in the smallest type of so many bits that fits its rows."""
+    if bits is None:
+        return weights
+    image: Any = SimpleNamespace(name="tiny", hyperparameters=architecture, weights=weights)
+    kinds = {}
+    for name, (_, columns) in weight_matrices(image).items():
+        wide = "INT8_ROW_H64" if columns % 64 == 0 else "INT8_ROW"
+        kinds[name] = "Q4_1" if bits == "int4" and columns % 32 == 0 else wide
+    return weights_of_image(change_weights(image, kept=kinds))
 
 
 class Bench:
     """A decoder and its pool. `feed` runs one batch of (tokens, position, pages) and returns the logits of all rows."""
 
-    def __init__(self, architecture: Architecture, weights: Weights, precision: str, page_tokens: int, pages: int):
+    def __init__(self, architecture: Architecture, weights: Weights, mode: str, page_tokens: int, pages: int):
         a = architecture
-        self.decoder = Decoder(a, weights, choose_format(precision, torch.device("cpu")))
+        format, bits = mode_of(mode)
+        self.decoder = Decoder(a, held(a, weights, bits), format)
         self.pool = Arena(2 << 20, 0, torch.device("cpu")).open("m", a, page_tokens, pages)
         for layer in range(len(a.layers)):
             self.pool.layer(layer).fill_(torch.nan)  # what a page held before must never be read
@@ -163,11 +189,15 @@ def weights_of() -> Callable[[Architecture], Weights]:
 
 @pytest.fixture
 def bench() -> Callable[..., Bench]:
-    """bench(architecture, weights, precision="exact", page_tokens=16, pages=64)"""
+    """bench(architecture, weights, mode="exact", page_tokens=16, pages=64); modes are those of `mode_of`"""
 
-    def build(
-        a: Architecture, weights: Weights, precision: str = "exact", page_tokens: int = 16, pages: int = 64
-    ) -> Bench:
-        return Bench(a, weights, precision, page_tokens, pages)
+    def build(a: Architecture, weights: Weights, mode: str = "exact", page_tokens: int = 16, pages: int = 64) -> Bench:
+        return Bench(a, weights, mode, page_tokens, pages)
 
     return build
+
+
+@pytest.fixture
+def hold() -> Callable[[Architecture, Weights, str | None], Weights]:
+    """hold(architecture, weights, "int8")"""
+    return held

@@ -10,7 +10,7 @@ import torch
 
 from llm_os.drivers.formats.image import open_image
 
-PRECISIONS = ["exact", "fast"]
+MODES = ["exact", "fast", "exact+int8", "fast+int8", "emulated+int8", "exact+int4", "fast+int4"]
 
 
 def alone(bench, tokens, pages):
@@ -47,12 +47,12 @@ def scattered(chance, lengths, page_tokens, pages):
     return tables
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_row_is_the_same_bits_alone_and_in_any_company(architecture, weights_of, bench, precision, seed):
+def test_a_row_is_the_same_bits_alone_and_in_any_company(architecture, weights_of, bench, mode, seed):
     chance = random.Random(seed)
     page_tokens = chance.choice([8, 9, 16, 31])
-    bench = bench(architecture, weights_of(architecture), precision, page_tokens, 200)
+    bench = bench(architecture, weights_of(architecture), mode, page_tokens, 200)
     lengths = [1, 2, 17, 40, chance.randint(100, 140), chance.randint(250, 300)]
     prompts = [[chance.randrange(architecture.vocab_size) for _ in range(length)] for length in lengths]
     apart = [alone(bench, prompt, tuple(range(40))) for prompt in prompts]
@@ -61,10 +61,10 @@ def test_a_row_is_the_same_bits_alone_and_in_any_company(architecture, weights_o
         assert torch.equal(reference, logits)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_thirty_two_rows_decode_together_as_each_alone(architecture, weights_of, bench, precision):
+@pytest.mark.parametrize("mode", MODES)
+def test_thirty_two_rows_decode_together_as_each_alone(architecture, weights_of, bench, mode):
     chance = random.Random(7)
-    bench = bench(architecture, weights_of(architecture), precision, 8, 33 * 5)
+    bench = bench(architecture, weights_of(architecture), mode, 8, 33 * 5)
     prompts = [[chance.randrange(architecture.vocab_size) for _ in range(3 + i)] for i in range(32)]
     tables = [tuple(range(i * 5, i * 5 + 5)) for i in range(32)]
     bench.feed(*[(prompt[:-1], 0, table) for prompt, table in zip(prompts, tables, strict=True)])
@@ -78,10 +78,10 @@ def test_thirty_two_rows_decode_together_as_each_alone(architecture, weights_of,
         assert torch.equal(logits[0], alone(bench, prompt, spare)[-1])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_recomputing_a_long_sequence_gives_what_decoding_gave(architecture, weights_of, bench, precision):
+@pytest.mark.parametrize("mode", MODES)
+def test_recomputing_a_long_sequence_gives_what_decoding_gave(architecture, weights_of, bench, mode):
     chance = random.Random(3)
-    bench = bench(architecture, weights_of(architecture), precision, 32, 80)
+    bench = bench(architecture, weights_of(architecture), mode, 32, 80)
     tokens = [chance.randrange(architecture.vocab_size) for _ in range(1100)]  # past one span of 1024 keys
     first, second = tuple(range(40)), tuple(range(79, 39, -1))
     bench.feed((tokens[:1015], 0, first))
@@ -90,8 +90,9 @@ def test_recomputing_a_long_sequence_gives_what_decoding_gave(architecture, weig
     assert torch.equal(torch.cat(decoded), recomputed[1015:1030])
 
 
-def test_a_neighbour_full_of_nan_is_not_noticed(architecture, weights_of, bench):
-    bench = bench(architecture, weights_of(architecture), "exact", 16, 20)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_neighbour_full_of_nan_is_not_noticed(architecture, weights_of, bench, mode):
+    bench = bench(architecture, weights_of(architecture), mode, 16, 20)
     tokens = [5, 6, 7, 8, 9]
     reference = alone(bench, tokens, (3, 4))
     bench.pool.page(5).fill_(torch.nan)
@@ -100,10 +101,10 @@ def test_a_neighbour_full_of_nan_is_not_noticed(architecture, weights_of, bench)
     assert torch.equal(healthy, reference)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_smollm2_rows_are_the_same_bits_alone_and_in_any_company(smollm2: Path, bench, precision):
+@pytest.mark.parametrize("mode", MODES)
+def test_smollm2_rows_are_the_same_bits_alone_and_in_any_company(smollm2: Path, bench, mode):
     image = open_image(smollm2)
-    bench = bench(image.hyperparameters, image.weights, precision, 16, 60)
+    bench = bench(image.hyperparameters, image.weights, mode, 16, 60)
     image.close()
     chance = random.Random(11)
     lengths = [3, 16, 35]

@@ -78,9 +78,11 @@ def test_the_reference_cases_together_and_staggered_answer_as_alone(driver, smol
         assert answer == case["greedy"][: len(answer)]
 
 
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-def test_the_footprint_is_what_a_load_really_holds(image, precision):
+def test_the_footprint_is_what_a_load_really_holds(image, hold, precision, bits):
     driver = open_cpu(Config(precision=precision))
+    image.weights = hold(image.hyperparameters, image.weights, bits)
     footprint = driver.footprint(image, 64)
     driver.load("m", image, place()).result()
     assert len(footprint.extents) == 2 + len(image.hyperparameters.layers)
@@ -246,14 +248,13 @@ def test_two_drivers_keep_their_own_thread_counts_and_give_the_old_one_back(imag
 def test_the_tensors_of_a_device_embedding_are_shared_with_a_tied_head(architecture, weights_of):
     """The cuda driver's way of holding weights, on the CPU."""
     from llm_os.drivers.torch.decoder import Decoder
-    from llm_os.drivers.torch.embedding import embedding_bytes
     from llm_os.drivers.torch.footprint import measure
     from llm_os.drivers.torch.linear import Format
 
     weights = weights_of(architecture)
     format = Format(torch.float32, 16, False, torch.device("cpu"), False)
     decoder = Decoder(architecture, weights, format)
-    expected = measure(architecture, embedding_bytes(weights, format), format, 64, (16,))
+    expected = measure(architecture, weights, format, 64, (16,))
     assert decoder.nbytes == sum(expected.extents)
     held = 4 * sum(weights[name].float32().size for name in weights.names())
     extra = 4 * len(architecture.layers) * (architecture.heads + architecture.kv_heads - 2) * architecture.head_dim
