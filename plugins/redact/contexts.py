@@ -37,13 +37,13 @@ PHONE = (
     r"(?i)(?:\b(?:phone|telephone|tel|mobile|cell|fax|whatsapp|call|text|ring|reach (?:me|us|him|her) (?:at|on)|dial"
     r"|telefon|handy|mobil|rufnummer|durchwahl|téléphone|téléphoner|portable|móvil|teléfono|telefono|cellulare"
     r"|celular|telefone|telemóvel|telefoon|mobiel|телефон|тел)\w{0,8}\b|电话|手机|電話|携帯|전화)"
-    r"[^\d\n+]{0,16}(?P<v>\(?\d(?:[ ().\/-]{0,3}\d){5,14})(?![\d-])(?!\.\d)"
+    r"[^\d\n+]{0,16}?(?P<v>\(?\d(?:[ ().\/-]{0,3}\d){5,14})(?![\d-])(?!\.\d)"
 )
-PASSWORD = (  # noqa: S105
+CREDENTIAL = (
     r"(?i)(?<![A-Za-z])(?:password|passwd|pwd|passphrase|passcode|passwort|kennwort|mot de passe|contraseña|senha"
     r"|wachtwoord|пароль|密码|api[ _-]?key|secret(?:[ _-]?(?:key|token))?|(?:access|auth|refresh)[ _-]?token"
     r"|client[ _-]?secret|token)[\"'`]?(?:\s{0,3}[:=]|(?: \w{1,12}){0,2} (?:is|was|ist|lautet|est|es|è|é):?)\s{0,3}"
-    r"(?P<v0>[\"'`]?)(?P<v>[^\s\"'`,;<>&]{6,256})"
+    r"(?P<v0>[\"'`]?)(?P<v>[^\s\"'`,;<>]{6,256})"
 )
 
 MONTHS = frozenset(_MONTHS.replace("sept?", "sep|sept").split("|"))

@@ -26,7 +26,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     patterns: dict[str, str] = {}  # kinds of the operator's own: {"STAFF_ID": r"\bE\d{6}\b"}
     answers: bool = False  # also redact personal data that the model writes of its own accord
     recognizer: Literal["patterns", "presidio"] = "patterns"  # presidio: both
-    max_characters: int = 1_000_000  # of one request; more is refused
+    max_characters: int = 500_000  # of one request; more is refused
 
 
 def read(options: Mapping[str, Any]) -> Options:

@@ -1,6 +1,7 @@
 """Presidio's pattern recognizers beside our own (`pip install "llm-os-runtime[presidio]"`).
 
-On a blank spaCy pipeline: nothing is downloaded, and nothing that needs a language model (persons, places) is found.
+On a blank spaCy pipeline: nothing that needs a language model (persons, places) is found. Its recognizers of e-mail
+addresses and URLs are left out, as they fetch a list of domains from the network.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any
 from llm_os import ConfigError
 
 _KINDS = {
-    "EMAIL_ADDRESS": "EMAIL",
     "PHONE_NUMBER": "PHONE",
     "CREDIT_CARD": "CARD",
     "IBAN_CODE": "IBAN",
@@ -42,12 +42,13 @@ class Presidio:
         engine.nlp = {"en": spacy.blank("en")}
         registry = RecognizerRegistry()
         registry.load_predefined_recognizers(languages=["en"], nlp_engine=engine)
-        for recognizer in [each for each in registry.recognizers if "Spacy" in type(each).__name__]:
-            registry.remove_recognizer(recognizer.name)
+        for recognizer in list(registry.recognizers):
+            if not set(recognizer.supported_entities) & set(self._kinds):
+                registry.remove_recognizer(recognizer.name)
         self._engine = AnalyzerEngine(registry=registry, nlp_engine=engine, supported_languages=["en"])
 
     def find(self, text: str) -> Iterator[tuple[int, int, str]]:
         """Start, end and kind."""
-        for found in self._engine.analyze(text, language="en", score_threshold=_SCORE):
+        for found in self._engine.analyze(text, "en", list(self._kinds), score_threshold=_SCORE):
             if (kind := self._kinds.get(found.entity_type)) is not None:
                 yield found.start, found.end, kind

@@ -43,6 +43,10 @@ def _if(holds: Callable[[str], bool]) -> Check:
     return check
 
 
+def _address(match: re.Match[str]) -> tuple[int, int] | None:
+    return None if match[0].startswith("git@") else match.span()
+
+
 def _url(match: re.Match[str]) -> tuple[int, int]:
     end = match.end()
     while match.string[end - 1] in ".,;:!?)]}'\"":
@@ -124,7 +128,7 @@ _FORMS: tuple[tuple[str, str, Check], ...] = (
      _value),
     ("URL", rf"(?<![{_W}])[A-Za-z][A-Za-z0-9+.-]{{1,20}}+://[^\s/@:<>]{{0,128}}+:[^\s/@<>]{{1,256}}+@[^\s<>\"]{{1,512}}+",
      _url),
-    ("EMAIL", rf"(?<![{_W}])[{_W}][{_W}.+%'-]{{0,127}}+@{_HOST}", _value),
+    ("EMAIL", rf"(?<![{_W}])[{_W}][{_W}.+%'-]{{0,127}}+@{_HOST}", _address),
     ("EMAIL", rf"(?i)(?<![{_W}])[{_W}][{_W}.+%-]{{0,63}}+ ?[(\[{{] ?(?:at|@) ?[)\]}}] ?[{_W}-]{{1,63}}+"
               rf"(?: ?(?:\.|[(\[{{] ?(?:dot|punkt|point|punto) ?[)\]}}]) ?[{_W}-]{{2,63}}+){{1,4}}", _value),
     ("IBAN", r"(?i)(?<![A-Z0-9])[A-Z]{2}\d\d(?=[ -]?[A-Z0-9]{2})", _iban),
@@ -153,25 +157,21 @@ _FORMS: tuple[tuple[str, str, Check], ...] = (
                     r"[CFGHJKLMNPRTVWXYZ0-9]{8})(?!\w)", lambda match: _passport(match)),
     ("IP", r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)", _ipv4),
     ("IP", r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}(?:(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{1,4})?(?![\w:])", _ipv6),
-    ("PHONE", r"(?<![\w+.])(?:\+ ?|00)[1-9](?:[ ().\/-]{0,3}\d){7,14}(?!\d)", _international),
+    ("PHONE", r"(?<![\w+.])(?:\+ ?|(?<!\d[ -])00)[1-9](?:[ ().\/-]{0,3}\d){7,14}(?!\d)", _international),
     ("PHONE", r"(?<![\w.+-])(?:1[-. ])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])[2-9]\d\d[-. ]\d{4}(?![\w-]|\.\d)", _value),
-    ("PHONE", r"(?<![\w.+/-])(?:\(?0(?:7\d{3}\)? \d{3} ?\d{3}|20\)? \d{4} \d{4}|1\d\d\)? \d{3} \d{4}|1\d{3}\)? \d{6})"
-              r"|0[1-79](?:[ .]\d\d){4}|0(?:1[5-7]\d|[2-9]\d{1,4})(?: ?[/-] ?| )\d{3,4}(?:[ -]?\d{2,4}){1,2})"
+    ("PHONE", r"(?<![\w.+/-])(?<!\d )(?:\(?0(?:7\d{3}\)? \d{3} ?\d{3}|20\)? \d{4} \d{4}|1\d\d\)? \d{3} \d{4}"
+              r"|1\d{3}\)? \d{6})|0[1-79](?:[ .]\d\d){4}|0(?:1[5-7]\d|[2-9]\d{1,4})(?: ?[/-] ?| )\d{3,4}(?:[ -]?\d{2,4}){1,2})"
               r"(?![\w/-]|\.\d)", _value),
-    ("PHONE", contexts.PHONE, _spoken),
-    ("BIRTHDATE", contexts.BIRTH, _value),
     ("SECRET", r"(?<![\w-])(?:sk-[A-Za-z0-9_-]{20,256}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,128}"
                r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_\w{22,255}|glpat-[\w-]{20,64}"
                r"|xox[abeprs]-[A-Za-z0-9-]{10,250}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}|hf_[A-Za-z0-9]{30,64}"
                r"|npm_[A-Za-z0-9]{36}|pypi-[\w-]{40,300}|SG\.[\w-]{16,32}\.[\w-]{16,64}|ya29\.[\w-]{20,400}"
                r"|eyJ[\w-]{8,1000}+\.eyJ[\w-]{8,2000}+\.[\w-]{16,1000}+)(?![\w-])", _mixed),
-    ("SECRET", contexts.PASSWORD, _password),
     ("SECRET", r"(?i)\bbearer\s{1,3}(?P<v>[A-Za-z0-9._~+/=-]{16,2000}+)", _value),
     ("CRYPTO", r"(?<![A-Za-z0-9])[13][1-9A-HJ-NP-Za-km-z]{25,34}(?![A-Za-z0-9])",
      _if(checksums.bitcoin)),
     ("CRYPTO", r"(?i)(?<!\w)(?:bc|tb|ltc)1[02-9ac-hj-np-z]{11,87}(?!\w)", _if(checksums.bech32)),
     ("CRYPTO", r"(?<!\w)0x[0-9a-fA-F]{40}(?!\w)", _value),
-    *(("NAME", pattern, contexts.name) for pattern in contexts.NAMES),
 )  # fmt: skip
 
 
@@ -179,9 +179,19 @@ def _passport(match: re.Match[str]) -> tuple[int, int] | None:
     return match.span("v") if sum(map(str.isdigit, match["v"])) >= 3 else None
 
 
+_CONTEXTS: tuple[tuple[str, str, Check], ...] = (
+    ("PHONE", contexts.PHONE, _spoken),
+    ("BIRTHDATE", contexts.BIRTH, _value),
+    ("SECRET", contexts.CREDENTIAL, _password),
+    *(("NAME", pattern, contexts.name) for pattern in contexts.NAMES),
+)
+
+
 def built_in() -> list[Recognizer]:
     """The recognizers that need nothing installed."""
-    return [Recognizer(kind, re.compile(pattern), check) for kind, pattern, check in _FORMS]
+    return [Recognizer(kind, re.compile(pattern, re.ASCII), check) for kind, pattern, check in _FORMS] + [
+        Recognizer(kind, re.compile(pattern), check) for kind, pattern, check in _CONTEXTS
+    ]
 
 
 def own(kind: str, pattern: re.Pattern[str]) -> Recognizer:
