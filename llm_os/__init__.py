@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from llm_os.api import installed_plugins as installed_plugins
     from llm_os.api import open_image as open_image
     from llm_os.api import probe as probe
+    from llm_os.drivers.formats.changed import change_weights as change_weights
+    from llm_os.drivers.formats.changed import weight_matrices as weight_matrices
+    from llm_os.drivers.formats.weights import WeightTensor as WeightTensor
     from llm_os.drivers.simulation import Report as Report
     from llm_os.drivers.simulation import replay as replay
     from llm_os.drivers.simulation import simulate as simulate
@@ -86,6 +89,8 @@ if TYPE_CHECKING:
     from llm_os.kernel.stream import Stream as Stream
     from llm_os.kernel.swap import SwapStore as SwapStore
     from llm_os.kernel.tool import Tool as Tool
+    from llm_os.scoring import Scores as Scores
+    from llm_os.scoring import score as score
 
 _HOMES = {
     "kernel.compression": ("Pass",),
@@ -114,6 +119,11 @@ _HOMES = {
         "open_image",
         "probe",
     ),
+    "drivers.formats.changed": (
+        "change_weights",
+        "weight_matrices",
+    ),
+    "drivers.formats.weights": ("WeightTensor",),
     "drivers.simulation": (
         "Report",
         "replay",
@@ -189,6 +199,10 @@ _HOMES = {
     "kernel.residency": ("ModelInfo",),
     "kernel.stream": ("Stream",),
     "kernel.swap": ("SwapStore",),
+    "scoring": (
+        "Scores",
+        "score",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
