@@ -37,7 +37,7 @@ class Loader:
         model = self._residency.open(event.model)
         model.pinned |= event.pin
         if event.prefetch:
-            model.prefetch = True
+            model.prefetch, model.far = True, False
             self._reply(event.ticket)
         elif model.where is Where.ON_DEVICE and not model.leaving:
             self._reply(event.ticket)
@@ -90,7 +90,9 @@ class Loader:
 
     def prefetched(self, name: str, event: ev.Completed) -> None:
         model = self._residency.models[name]
-        if event.error is None and model.where is Where.ON_DISK:
+        if event.error is not None:
+            model.far = True
+        elif model.where is Where.ON_DISK:
             model.where = Where.IN_HOST
 
     def loaded(self, name: str, event: ev.Completed, seconds: float) -> None:

@@ -95,6 +95,7 @@ class Model:
     last_run: int = 0  # the operation that ran it last, for taking turns
     draining: bool = False  # no more batches: it is to leave as soon as none is in flight
     prefetch: bool = False  # bring it near when it has been opened
+    far: bool = False  # that failed: no other try before it has been loaded or opened again
     load_tickets: list[int] = field(default_factory=list)
     unload_tickets: list[int] = field(default_factory=list)
     failure: Exception | None = None  # it could not be had: it is to be forgotten
@@ -162,7 +163,7 @@ class Residency:
 
     def look_again(self, model: Model) -> None:
         """Open its image; one that was left open, if its file has not changed."""
-        model.where = Where.OPENING
+        model.where, model.far = Where.OPENING, False
         self._flights.start(ev.Open(self._flights.next_id(), model.name, model.image))
 
     def opened(self, model: Model, result: ev.Opened) -> bool:
@@ -262,7 +263,7 @@ class Residency:
 
     def loaded(self, model: Model, seconds: float) -> None:
         model.where, model.loaded_at, model.kv_on_device = Where.ON_DEVICE, self._flights.now, True
-        model.progressed = False
+        model.progressed = model.far = False
         self._costs.loaded(model.weights, seconds)
         self.touch(model)
         for ticket in model.load_tickets:
@@ -298,7 +299,7 @@ class Residency:
         """Bring it near."""
         assert model.image is not None
         model.prefetch = False
-        if model.where is Where.ON_DISK and not self._flights.concern(model.name):
+        if model.where is Where.ON_DISK and not model.far and not self._flights.concern(model.name):
             self._flights.start(ev.Prefetch(self._flights.next_id(), model.name, model.image))
 
     # -- off the device ----------------------------------------------------------------------------------------------
