@@ -1,0 +1,3 @@
+import misbehaves
+
+misbehaves.released.wait()
