@@ -37,6 +37,7 @@ BUILT_IN = {  # name -> module, or "module:Class"; those that are on unless Conf
 OPTIONAL = {  # built-ins that have to be enabled, as a stranger's
     "mcp": "llm_os.plugins.mcp:Mcp",
     "redact": "llm_os.plugins.redact",
+    "tools": "llm_os.plugins.tools",
 }
 
 

@@ -1,7 +1,8 @@
 """Chat templates: a conversation to the text that a model was trained on. What the sandbox allows is in `sandbox`.
 
 Templates render as transformers' `apply_chat_template` renders them, with `add_generation_prompt`.
-Knows nothing of tokens beyond the two texts that it is given.
+A template that knows no tools is told of them in a system message, and what they said in the user's name, in the words
+of Hermes and Qwen. Knows nothing of tokens beyond the two texts that it is given.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jinja2 import Template, TemplateSyntaxError, UndefinedError
 
 from llm_os.drivers.formats.budget import CHARACTERS, Budget, breadth
 from llm_os.drivers.formats.sandbox import FILENAME, Sandbox
+from llm_os.drivers.formats.tool_words import tool_names, with_instructions, without_tools
 from llm_os.kernel.errors import Error, FormatError, RequestError
 
 MAX_SOURCE = 128 * 1024  # characters
@@ -38,6 +40,7 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE:
             raise FormatError(f"{file}: the chat template has {len(source)} characters; the limit is {MAX_SOURCE}")
         self._code = self._compile(source)
+        self._knows_tools = "tools" in source
 
     def _compile(self, source: str) -> CodeType:
         try:
@@ -53,8 +56,20 @@ class ChatTemplate:
         Raises RequestError when messages or tools are malformed, too long, refused by the template or lack what it
         needs; FormatError when the template fails, or exceeds its steps or MAX_OUTPUT.
         """
-        conversation = _conversation(messages)
-        functions = _tools(tools)
+        conversation, functions = _conversation(messages), _tools(tools)
+        if not functions:
+            return self._render(conversation, [])
+        if self._knows_tools:
+            text = self._render(conversation, functions)
+            if all(name in text for name in tool_names(functions)):
+                return text
+        plain = without_tools(conversation)
+        try:
+            return self._render(with_instructions(plain, functions, "system"), [])
+        except RequestError:  # it has no system messages
+            return self._render(with_instructions(plain, functions, "user"), [])
+
+    def _render(self, conversation: list[dict[str, Any]], functions: list[Any]) -> str:
         weight = _weight(conversation) + _weight(functions)
         sandbox = Sandbox(Budget(STEPS + STEPS_PER_UNIT * weight))
         sandbox.globals |= {"raise_exception": self._refuse, "strftime_now": _strftime_now}
