@@ -34,6 +34,7 @@ RATES: dict[str, dict[str, float]] = {
     "plugin_raise": {"open": 0.03, "encode": 0.02},
     "plugin_hang": {"open": 0.02, "encode": 0.02},
     "plugin_type": {"open": 0.03, "encode": 0.02},
+    "file_changed": {"reopen": 0.3},
     "crash": {"step": 0.0015},
 }
 FAULTS = tuple(RATES)

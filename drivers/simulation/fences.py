@@ -40,6 +40,7 @@ class Fences:
         self._models: dict[str, _Pages] = {}  # with KV on the device
         self._loaded: dict[str, Placement] = {}  # from the start of a load to the end of an unload
         self.ready: set[str] = set()  # from the end of a load to the start of an unload
+        self._fresh: set[str] = set()  # being loaded, with no KV on the device before
         self._weights: dict[int, str] = {}  # frames
         self._flights: dict[int, tuple[_Pages, tuple[int, ...], tuple[int, ...]]] = {}
 
@@ -84,8 +85,11 @@ class Fences:
             case ev.Load(_, model):
                 if failed:
                     self._leave(model)
+                    if model in self._fresh:
+                        del self._models[model]
                 else:
                     self.ready.add(model)
+                self._fresh.discard(model)
             case ev.Unload(_, model):
                 if failed:
                     self.ready.add(model)
@@ -145,6 +149,7 @@ class Fences:
                 insist(not other, "fence", f"frame of page {page} of {name} is in flight and given to {other}")
         self._loaded[model] = placement
         if (kept := self._models.get(model)) is None:
+            self._fresh.add(model)
             slots = max(1, placement.pages // self.frames)
             self._models[model] = _Pages(placement, slots, token_bytes)
         else:

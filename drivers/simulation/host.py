@@ -68,6 +68,10 @@ def open_image(
     if image is None or (isinstance(image, TamperedImage) and fault is None):
         known = images.get(operation.model)
         image = SimImage.parse(operation.model) if known is None else structs.replace(known)
+    if fault == "file_changed":  # other weights: the same text has other KV, of another size
+        image = structs.replace(
+            image, name=f"{image.name}'", kv_bytes_per_token=chooser.pick((image.kv_bytes_per_token, 96))
+        )
     if fault == "plugin_type":
         what = chooser.below(len(TAMPERED) + 1)
         if what == len(TAMPERED):

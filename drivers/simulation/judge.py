@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
+from llm_os.drivers.sim import SimImage
 from llm_os.drivers.simulation.host import TamperedImage
 from llm_os.drivers.simulation.pace import Pace
 from llm_os.drivers.simulation.pins import Pins
@@ -20,7 +21,7 @@ from llm_os.drivers.simulation.violation import insist
 from llm_os.drivers.simulation.workload import Workload
 from llm_os.kernel import events as ev
 from llm_os.kernel.driver import RowError
-from llm_os.kernel.errors import Closed, Error, Refused, RequestError
+from llm_os.kernel.errors import Closed, Error, Refused, RequestError, StoreError
 from llm_os.kernel.journal import Session, Took
 
 CLASSES = 40  # of nice; who has waited for so many steps of aging is before all who came later
@@ -159,6 +160,8 @@ class Judge:
                     story.excused = story.excused or "plugin_type"
         else:
             self._tampered.discard(model)
+            if isinstance(image, SimImage):
+                self._workload.changed(model, image)
 
     def written(self, operation: ev.Journal) -> None:
         for record in operation.records:
@@ -198,7 +201,9 @@ class Judge:
         if (story := self._workload.blocks.pop(item.ticket, None)) is not None and item.error is None:
             story.blocked = True
         if (story := self._workload.gifts.pop(item.ticket, None)) is not None and story.gift is not None:
-            if item.error is None:
+            if item.error is None or isinstance(
+                item.error, StoreError
+            ):  # that ends it, though a fork may have taken it
                 story.take_gift()
             else:
                 story.gift, story.blocked = None, story.ended is None

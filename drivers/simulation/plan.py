@@ -94,7 +94,13 @@ def _crowded(plan: Plan, chooser: Chooser) -> Plan:
     )
     models = tuple(_model(chooser, name, frames // 3, (400, 500)) for name in "ab"[: 1 + chooser.below(2)])
     return structs.replace(
-        plan, config=config, models=models, rest=2 + chooser.below(6), swap_units=0, token_units=24, crowded=True
+        plan,
+        config=config,
+        models=models,
+        rest=2 + chooser.below(6),
+        swap_units=0,
+        token_units=24,
+        crowded=True,
     )
 
 

@@ -56,6 +56,14 @@ class Workload:
         ]
         self._acts = [act for weight, act in acts for _ in range(weight)]
 
+    def changed(self, model: str, image: SimImage) -> None:
+        """This is the model now: who is here has not begun with another one in this life."""
+        if image.name != self.images[model].name:
+            self.images[model] = image
+            for story in self.live.values():
+                if story.request.model == model:
+                    story.image, story.lone = image, None
+
     def next_id(self) -> int:
         """Of processes and tickets."""
         self._count += 1

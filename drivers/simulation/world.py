@@ -15,6 +15,7 @@ from functools import cached_property
 from heapq import heappop, heappush
 from typing import Any
 
+from llm_os.drivers.sim import SimImage
 from llm_os.drivers.simulation import host
 from llm_os.drivers.simulation.chooser import Chooser
 from llm_os.drivers.simulation.device import Device
@@ -210,6 +211,8 @@ class World:
     def _perform(self, operation: ev.Operation, fault: str | None) -> Any:
         match operation:
             case ev.Open():
+                if fault is None and type(operation.image) is SimImage:
+                    fault = self.faults.at("reopen")
                 opened = host.open_image(
                     operation, self.device, self.plan.config.batch_tokens, fault, self.chooser, self.workload.images
                 )
