@@ -36,6 +36,7 @@ BUILT_IN = {  # name -> module, or "module:Class"; those that are on unless Conf
 }
 OPTIONAL = {  # built-ins that have to be enabled, as a stranger's
     "mcp": "llm_os.plugins.mcp:Mcp",
+    "quantize": "llm_os.plugins.quantize",
     "redact": "llm_os.plugins.redact",
     "tools": "llm_os.plugins.tools",
 }
