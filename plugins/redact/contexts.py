@@ -51,8 +51,8 @@ MONTHS = frozenset(_MONTHS.replace("sept?", "sep|sept").split("|"))
 _UPPER = r"A-ZÀ-ÖØ-ÞĀ-ŽΑ-ΩЁЄІЇА-Я"
 _LETTERS = rf"{_UPPER}a-zß-öø-ÿ\u0100-\u024f\u0370-\u052f"
 _WORD = (
-    rf"[{_UPPER}](?:\.|[{_LETTERS}]?['’][{_UPPER}][{_LETTERS}]{{1,29}}+|[{_LETTERS}]{{1,29}}+)"
-    rf"(?:-[{_LETTERS}]{{1,29}}+)?"
+    rf"[{_UPPER}](?:\.|[{_LETTERS}]?['’][{_UPPER}][{_LETTERS}]{{1,48}}+|[{_LETTERS}]{{1,48}}+)"
+    rf"(?:-[{_LETTERS}]{{1,48}}+)?"
 )
 _SMALL = r"(?:(?:de|del|della|di|da|do|dos|das|van|von|zu|der|den|ter|la|le|du|bin|ibn|al|el|y|e|af) ){0,3}"
 _NAME = rf"(?P<v>{_WORD}(?: {_SMALL}{_WORD}){{0,3}})(?![{_LETTERS}])"
