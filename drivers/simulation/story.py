@@ -180,7 +180,8 @@ class Story:
         insist(self.request.hold, "hold", f"process {self.pid} waits, and nobody asked for that")
         said = self.origin.answer[: self.delivered] if self.parent is None else [END]
         insist(said and said[-1] == END, "hold", f"process {self.pid} waits in the midst of a turn")
-        self.blocked = self.gift is None
+        taken = self.parent is None and self.context[-1] != END  # while the journal was being written
+        self.blocked = self.gift is None and not taken
 
     def finish(self, completion: Completion, now: float) -> None:
         insist(self.ended is None, "one end", f"process {self.pid} ends twice")
