@@ -107,7 +107,8 @@ class ChangedWeights:
         return changed
 
     def names(self) -> tuple[str, ...]:
-        return (*self.below.names(), *(name for name in self._kept if name not in self.below))
+        """Those of the file. A head that is held apart from the embedding, which it is, is not among them."""
+        return self.below.names()
 
     def kept(self, name: str) -> str | None:
         return self._kept.get(name) or self.below.kept(name)

@@ -34,9 +34,12 @@ def encode_rows(values: Floats, kind: str) -> NDArray[np.uint8]:
     if kind == "INT8_ROW_H64":
         values = _rotated(values)
     with np.errstate(all="ignore"):
-        scale = np.abs(values).max(1, keepdims=True) / np.float32(127)
-        codes = np.nan_to_num(np.rint(values / scale), nan=0, posinf=0, neginf=0).astype(np.int8)
-    scale[~np.isfinite(scale)] = np.nan
+        scale = np.maximum(values.max(1, keepdims=True), -values.min(1, keepdims=True)) / np.float32(127)
+        scale[~np.isfinite(scale)] = np.nan
+        levels = values / np.where(scale > 0, scale, np.float32(1))
+        np.rint(levels, out=levels)
+        levels[np.isnan(scale[:, 0])] = 0
+        codes = levels.astype(np.int8)
     return np.concatenate([scale.astype("<f4").view(np.uint8), codes.view(np.uint8)], axis=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,13 +86,17 @@ def missing(figures: Figures, perplexity: float, agreement: float) -> list[str]:
     if not figures.agreement * 100 >= agreement:
         found.append(
             f"the same next token in {figures.agreement:.1%}, the limit is {agreement:g}%; "
-            f"use more bits, or --agreement {int(figures.agreement * 100)}"
+            f"use more bits, or --agreement {_below(figures.agreement * 100)}"
         )
     return found
 
 
-def _above(value: float) -> str:
-    return f"{int(value) + 1}" if value < 1e9 else "inf"
+def _above(value: float) -> int:
+    return math.floor(value) + 1 if math.isfinite(value) else 10**6
+
+
+def _below(value: float) -> int:
+    return math.floor(value) if math.isfinite(value) else 0
 
 
 def _lines(report: Report) -> list[str]:
