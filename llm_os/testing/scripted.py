@@ -28,7 +28,7 @@ END, START = 256, 257
 _MARKS = {"<|im_end|>": END, "<|im_start|>": START}
 _TEXTS = {token: text.encode() for text, token in _MARKS.items()}
 _SPLIT = re.compile("(<\\|im_end\\|>|<\\|im_start\\|>)")
-ASSISTANT = "<|im_start|>assistant\n"
+_TURN = [START, *b"assistant\n"]
 
 Script = Callable[[str], str]
 
@@ -60,7 +60,7 @@ class ScriptedImage(Struct, frozen=True, kw_only=True):
         listed = "".join(json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools)
         first = f"<|im_start|>tools\n{listed}<|im_end|>\n" if tools else ""
         said = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-        return f"{first}{said}{ASSISTANT}"
+        return f"{first}{said}<|im_start|>assistant\n"
 
     def fresh(self) -> bool:
         return True
@@ -157,10 +157,10 @@ class Scripted:
             return None
         end = rows.position + len(rows.tokens)
         cells = [cell for page in rows.pages[: -(-end // size)] for cell in self._page(model, page)][:end]
-        text = b"".join(_TEXTS.get(cell) or bytes([cell]) for cell in cells)
-        before, mark, said = text.rpartition(ASSISTANT.encode())
-        if not mark:
+        turn = next((at for at in range(len(cells) - 1, -1, -1) if cells[at : at + len(_TURN)] == _TURN), None)
+        if turn is None:
             return Sampled(END)
+        before, said = _text(cells[:turn]), _text(cells[turn + len(_TURN) :])
         answer = self._answers.get(before)
         if answer is None:
             answer = self._answers[before] = self._script(before.decode(errors="replace")).encode()
@@ -174,6 +174,10 @@ class Scripted:
         if model not in self._placements:
             raise DriverError(f"{model} has no KV here")
         return self._placements[model].page_tokens
+
+
+def _text(cells: list[int]) -> bytes:
+    return b"".join(_TEXTS.get(cell) or bytes([cell]) for cell in cells)
 
 
 def _now(work: Callable[[], Any]) -> Future[Any]:

@@ -97,27 +97,40 @@ async def _run(command: list[str], folder: Path, environment: dict[str, str], li
         command, cwd=folder, env=environment, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True
     )
     output = bytearray()
-    try:
+    too_much = False
+
+    async def read() -> None:
+        nonlocal output, too_much
         assert process.stdout is not None
         async for piece in process.stdout:
             output += piece
             if len(output) > 4 * limit:  # bytes of a character
-                break
-        else:
+                too_much = True
+                _signal(process, signal.SIGKILL)
+                return
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
             await process.wait()
+            _signal(process, signal.SIGKILL)  # its children: they may keep the output open
     finally:
         with anyio.CancelScope(shield=True):
             await _end(process)
     text = output.decode(errors="replace")
-    return text if process.returncode in (0, -signal.SIGTERM) else f"{text}\n[exit code {process.returncode}]"
+    return text if process.returncode == 0 or too_much else f"{text}\n[exit code {process.returncode}]"
+
+
+def _signal(process: Process, number: signal.Signals) -> None:
+    """To the program and all that it has started, as far as they have stayed in its group."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
 
 
 async def _end(process: Process) -> None:
-    """End the group: what the program has started too."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-        if process.returncode is None:
-            with anyio.move_on_after(_GRACE_S):
-                await process.wait()
+    if process.returncode is None:
+        _signal(process, signal.SIGTERM)
+        with anyio.move_on_after(_GRACE_S):
+            await process.wait()
+    _signal(process, signal.SIGKILL)
     await process.aclose()

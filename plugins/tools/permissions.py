@@ -82,7 +82,7 @@ class Permissions:
             what = "" if tool.argument_class is None else tool.argument_class(arguments)
         except Exception as error:
             _log.warning("tool %s cannot say what it is asked for: %r", tool.name, error)
-            return "it is not permitted: what it is asked for cannot be told"
+            return " ".join(f"it is not permitted: {error}".split())[:500]
         if not isinstance(what, str) or len(what) > _LONGEST:
             return "it is not permitted: what it is asked for cannot be told"
         decision = self._decide(tool.name, what)

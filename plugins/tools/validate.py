@@ -80,7 +80,7 @@ class _Check:
                 why.append(str(misfit))
             else:
                 return
-        raise Misfit("; or ".join(why[:4]) or f"{at}: nothing fits")
+        raise Misfit("; or ".join(why[:4])[:500] or f"{at}: nothing fits")
 
     def _check_object(self, value: dict[str, Any], schema: Mapping[str, Any], at: str) -> None:
         properties = schema.get("properties", {})
