@@ -33,6 +33,7 @@ BUILT_IN = {  # name -> module, or "module:Class"; those that are on unless Conf
     "persistence": "llm_os.drivers.persistence.plugin",
     "drivers": "llm_os.drivers.plugin",
     "policies": "llm_os.plugins.policies",
+    "grammar": "llm_os.plugins.grammar.plugin:GrammarPlugin",
 }
 OPTIONAL = {  # built-ins that have to be enabled, as a stranger's
     "mcp": "llm_os.plugins.mcp:Mcp",
