@@ -85,6 +85,8 @@ class Loader:
             self._pager.forget(before)
             if model.kv_on_device:
                 self._residency.release_kv(model)
+        if name in self._residency.unreleased:
+            self._residency.release_kv(model)
         if not model.leaving and not self._table.halting:
             self._table.opened(model)
 
@@ -113,7 +115,7 @@ class Loader:
 
     def released(self, name: str, event: ev.Completed) -> None:
         model = self._residency.models[name]
-        self._residency.released(model)
+        self._residency.released(model, event.error is not None)
         if event.error is not None:
             self.fail(model, as_error(event.error, DriverError))
 

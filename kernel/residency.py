@@ -142,6 +142,7 @@ class Residency:
     def __init__(self, config: Config, memory: Memory, flights: Flights, costs: Costs, pick_victim: PickVictim) -> None:
         self._pick_victim = pick_victim
         self.models: dict[str, Model] = {}
+        self.unreleased: set[str] = set()  # names of models whose KV memory the device failed to give back
         self._memory = memory
         self._flights = flights
         self._costs = costs
@@ -354,9 +355,13 @@ class Residency:
         model.where = Where.EVICTING
         self._flights.start(ev.Release(self._flights.next_id(), model.name))
 
-    def released(self, model: Model) -> None:
-        self._memory.close_slab(self._memory.slabs[model.name])
+    def released(self, model: Model, error: bool) -> None:
+        """The memory of its KV has been given back; or the device failed to, and has to be asked again before the model
+        is loaded again: its pages may have another size by then."""
+        if model.kv_on_device:
+            self._memory.close_slab(self._memory.slabs[model.name])
         model.kv_on_device, model.where = False, Where.ON_DISK
+        (self.unreleased.add if error else self.unreleased.discard)(model.name)
 
     def rest(self, model: Model) -> None:
         """Nobody uses it, and nothing of it is on the device. Its image stays open for the next time; of those, the
@@ -366,7 +371,7 @@ class Residency:
         model.unload_tickets.clear()
         resting = [m for m in self.models.values() if self.resting(m)]
         if len(resting) > MAX_RESTING:
-            self.forget(min(resting, key=lambda m: m.last_run))
+            self.forget(min(resting, key=lambda m: (m.pinned, m.last_run)))
 
     def resting(self, model: Model) -> bool:
         """Whether only its image is open, and nobody wants more."""

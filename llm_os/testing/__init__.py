@@ -1,6 +1,6 @@
 """What authors of plugins and drivers test with. pytest and hypothesis are needed here, and nowhere else in llm-os.
 
-    fixtures (in every pytest run where llm-os is installed)
+    fixtures (with `addopts = ["-p", "llm_os.testing.plugin"]` in the settings of pytest)
         llm_os_kernel     makes kernels on the `sim` driver, closed at the end of the test
         llm_os_machine    makes the kernel's core with a virtual clock: `Machine`
     suites (a class of yours inherits from one of them, and says what is to be tested)

@@ -1,4 +1,7 @@
-"""The pytest plugin (entry point `llm_os` of pytest11): fixtures. Imports nothing of llm-os until one is used."""
+"""The pytest plugin: fixtures. Imports nothing of llm-os until one is used.
+
+Named by who wants it, `-p llm_os.testing.plugin`, and no entry point: pytest would rewrite the asserts of all of llm-os
+then, in every run where it is installed."""
 
 from __future__ import annotations
 

@@ -116,6 +116,21 @@ def test_a_later_life_holds_it_where_it_was(machine: Any, tmp_path: Path, gift: 
     assert last.end(1) == "stop" and last.tokens(1) == m.tokens(1)
 
 
+def test_a_life_that_begins_right_after_the_gift_goes_on_with_the_next_turn(machine: Any, tmp_path: Path) -> None:
+    m = machine(state=tmp_path)
+    held(m)
+    m.post(ev.Unblock(70, 1, tuple(b"more")))
+    while not isinstance(m.journal[-1], Given):
+        m.complete()
+    later = machine(state=tmp_path)
+    [(pid, session)] = replay(m.journal).items()
+    later.requests = m.requests
+    later.post(ev.Restore(pid, session))
+    later.settle()
+    m.settle()
+    assert later.tokens(1) == m.tokens(1) and waits(m) == 2
+
+
 def test_the_host_reads_turns_and_ends_them() -> None:
     sampling = llm_os.Sampling(max_tokens=200, temperature=0)
     messages = [{"role": "user", "content": "hello"}]
