@@ -2,11 +2,12 @@
 
     Lane      a thread for each plugin: calls run there one at a time, and may take so long. A call that takes longer is
               given up: its thread is left to itself, a new one goes on with the next.
+    within    a thread for one call, for what reads files: imports, opening a model. It may take minutes.
     Guard     calls in the kernel's own thread, for what has to be quick. One that takes too long is interrupted by an
               exception in that thread, which stops Python code but not a call into C (time.sleep, say).
 
-A plugin that fails three times in a row is off: its calls fail at once. Python in one process is no sandbox: this holds
-mistakes, not malice.
+A plugin whose hook fails three times in a row is off: its calls fail at once. Python in one process is no sandbox: this
+holds mistakes, not malice.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 MAX_FAILURES = 3
 _MAX_EVENTS = 1024
+_LONGEST = 500  # characters of what went wrong
 _log = logging.getLogger("llm_os.plugins")
 
 
@@ -37,17 +39,19 @@ class Health:
     def __init__(self, plugin: str) -> None:
         self.plugin = plugin
         self.off: str | None = None  # why it is called no more
-        self._failures = 0
+        self._failures: dict[str, int] = {}  # in a row, by hook
 
-    def well(self) -> None:
-        self._failures = 0
+    def well(self, hook: str) -> None:
+        if self._failures:
+            self._failures.pop(hook, None)
 
-    def failed(self, what: str) -> PluginError:
-        """Note a failure; the error to tell. Three in a row turn the plugin off."""
-        self._failures += 1
+    def failed(self, hook: str, how: str) -> PluginError:
+        """Note a failure; the error to tell. Three in a row of one hook turn the plugin off."""
+        what = " ".join(f"{hook} {how}".split())[:_LONGEST]
+        self._failures[hook] = self._failures.get(hook, 0) + 1
         message = f"plugin {self.plugin!r}: {what}"
         _log.error(message)
-        if self._failures >= MAX_FAILURES and self.off is None:
+        if self._failures[hook] >= MAX_FAILURES and self.off is None:
             self.off = f"plugin {self.plugin!r} is off: it failed {MAX_FAILURES} times in a row, last: {what}"
             _log.error(self.off)
         return PluginError(message)
@@ -99,14 +103,14 @@ class Lane:
         except PluginError:
             raise
         except Error:  # the plugin says no in our words
-            self.health.well()
+            self.health.well(hook)
             raise
         except Exception as error:
-            raise self.health.failed(f"{hook} raised {type(error).__name__}: {error}") from error
+            raise self.health.failed(hook, f"raised {type(error).__name__}: {error}") from error
         if result is not None and not isinstance(result, kind):
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise self.health.failed(f"{hook} gave {type(result).__name__}, no {names}")
-        self.health.well()
+            raise self.health.failed(hook, f"gave {type(result).__name__}, no {names}")
+        self.health.well(hook)
         return result
 
     def post(self, hook: str, function: Callable[..., Any], *arguments: Any) -> None:
@@ -171,16 +175,16 @@ class Lane:
             result = job.function(*job.arguments)
         except BaseException as error:
             if job.future is None:
-                self.health.failed(f"{job.hook} raised {type(error).__name__}: {error}")
+                self.health.failed(job.hook, f"raised {type(error).__name__}: {error}")
             else:
                 _settle(job.future, error=error if isinstance(error, Exception) else RuntimeError(repr(error)))
             return
         if job.future is not None:
             _settle(job.future, result)
         elif result is not None:
-            self.health.failed(f"{job.hook} gave {type(result).__name__}; events return nothing")
+            self.health.failed(job.hook, f"gave {type(result).__name__}; events return nothing")
         else:
-            self.health.well()
+            self.health.well(job.hook)
 
     def _wait(self, future: Future[Any]) -> Any:
         """Each call has the whole limit, however long those before it took."""
@@ -200,9 +204,32 @@ class Lane:
                 return
             (job, _), self._current = self._current, None
             self._start()
-        error = self.health.failed(f"{job.hook} took longer than {self._limit_s:g} s")
+        error = self.health.failed(job.hook, f"took longer than {self._limit_s:g} s")
         if job.future is not None:
             _settle(job.future, error=error)
+
+
+def within(limit_s: float, function: Callable[[], T], late: Callable[[T], Any] = lambda result: None) -> T:
+    """What `function()` returns, or raises, in a thread of its own: for what may take long, and several at once.
+
+    Raises TimeoutError where it takes longer; the thread is left to itself, and `late` gets what still comes of it."""
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            _settle(done, error=error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            return
+        _settle(done, result)
+        if done.exception() is not None:
+            late(result)
+
+    threading.Thread(target=work, name="llm-os-plugin", daemon=True).start()
+    with suppress(TimeoutError):
+        return done.result(limit_s)
+    _settle(done, error=TimeoutError(f"it took longer than {limit_s:g} s"))
+    return done.result()  # which may have come at the last moment
 
 
 class Guard:
@@ -230,15 +257,15 @@ class Guard:
                 self._leave()
         except _Overrun:
             self._leave()
-            health.failed(f"{hook} took longer than {self._limit_s:g} s")
+            health.failed(hook, f"took longer than {self._limit_s:g} s")
             return None
         except Exception as error:
-            health.failed(f"{hook} raised {type(error).__name__}: {error}")
+            health.failed(hook, f"raised {type(error).__name__}: {error}")
             return None
         if not check(result):
-            health.failed(f"{hook} gave {result!r:.80}")
+            health.failed(hook, f"gave {result!r:.80}")
             return None
-        health.well()
+        health.well(hook)
         return result
 
     def close(self) -> None:

@@ -172,7 +172,7 @@ class Loop:
         try:
             match operation:
                 case ev.Open(_, model, image):
-                    future = self.host.submit(self.open, model, image)
+                    future = self.waiters.submit(self.open, model, image)
                 case ev.Encode():
                     future = self.encode(operation)
                 case ev.Compile(_, _, image, grammar):

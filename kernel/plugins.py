@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import pluggy
 
@@ -19,20 +16,32 @@ from llm_os.kernel.compression import Pass
 from llm_os.kernel.config import Config
 from llm_os.kernel.constraint import Compiled
 from llm_os.kernel.driver import DeviceInfo, Driver, DriverFactory, DriverProbe
-from llm_os.kernel.errors import ConfigError, Error, ModelNotFound, PluginError, Refused, RequestError, Unsupported
+from llm_os.kernel.errors import (
+    ConfigError,
+    DriverError,
+    Error,
+    ModelNotFound,
+    PluginError,
+    Refused,
+    RequestError,
+    Unsupported,
+)
 from llm_os.kernel.filters import Filter, TextFilter
 from llm_os.kernel.grammar import Grammar
+from llm_os.kernel.guarded import Filtering, GuardedPolicy, lacks, opened
 from llm_os.kernel.image import Image
-from llm_os.kernel.isolation import Guard, Health, Lane
+from llm_os.kernel.isolation import Guard, Health, Lane, within
 from llm_os.kernel.journal import Log
 from llm_os.kernel.manifest import Manifest, choose
-from llm_os.kernel.policy import Candidate, Fair, Policy, PolicyFactory, Share
+from llm_os.kernel.policy import Fair, Policy, PolicyFactory
 from llm_os.kernel.request import Request
 from llm_os.kernel.residency import ModelInfo
 from llm_os.kernel.swap import SwapStore
 from llm_os.kernel.tool import Tool
 
-IMPORT_LIMIT_S = 60.0
+T = TypeVar("T")
+
+FILES_LIMIT_S = 60.0  # for importing a plugin, opening a model, applying a pass
 _log = logging.getLogger("llm_os.plugins")
 
 
@@ -74,11 +83,11 @@ class Plugins:
 
     def _enable(self, manifest: Manifest) -> None:
         try:
-            plugin = _load(manifest.module)
+            plugin = within(FILES_LIMIT_S, partial(_load, manifest.module))
         except Exception as error:
-            raise ConfigError(
-                f"plugin {manifest.name!r} cannot be imported: {type(error).__name__}: {error}"
-            ) from error
+            name, what = manifest.name, " ".join(f"{type(error).__name__}: {error}".split())
+            way = f"repair it, or llm-os plugins disable {name}"
+            raise ConfigError(f"plugin {name!r} cannot be imported: {what}; {way}") from error
         try:
             self._manager.register(plugin, manifest.name)
             self._manager.check_pending()
@@ -111,13 +120,13 @@ class Plugins:
     def _register(self) -> None:
         config = self._config
         self._boot("register_drivers", lambda lane: {"register": self._register_driver})
-        self._boot("register_tools", lambda lane: {"register": self._register_tool, "config": config})
-        for hook, what, registry in (
-            ("register_policies", "policy", self._policies),
-            ("register_filters", "filter", self._filters),
-            ("register_passes", "pass", self._passes),
+        for hook, register in (
+            ("register_tools", self._register_tool),
+            ("register_policies", self._register_policy),
+            ("register_filters", self._register_filter),
+            ("register_passes", self._register_pass),
         ):
-            self._boot(hook, partial(_arguments, cast(dict[str, tuple[Lane, Any]], registry), what, config))
+            self._boot(hook, partial(_given, register, config))
 
     def _boot(self, hook: str, arguments: Callable[[Lane], dict[str, Any]]) -> None:
         """Let every plugin register, in the order in which they are enabled."""
@@ -127,19 +136,33 @@ class Plugins:
             try:
                 lane.call(hook, (), implementation.function, *(values[name] for name in implementation.argnames))
             except PluginError as error:
-                raise ConfigError(str(error)) from error
+                name = implementation.plugin_name
+                raise ConfigError(f"{error}; repair it, or llm-os plugins disable {name}") from error
 
     def _register_driver(self, name: str, factory: DriverFactory, probe: DriverProbe) -> None:
         if name in self._drivers or name == "auto":
             raise ConfigError(f"two plugins register a driver named {name!r}; disable one of them")
         self._drivers[name] = (factory, probe)
 
-    def _register_tool(self, tool: Tool) -> None:
+    def _register_tool(self, lane: Lane, tool: Tool) -> None:
         if not isinstance(tool, Tool):
             raise TypeError(f"register(tool) takes a Tool, not {type(tool).__name__}")
-        if tool.name in self._tools:
-            raise ConfigError(f"two plugins register a tool named {tool.name!r}; disable one of them")
-        self._tools[tool.name] = tool
+        _keep(self._tools, "tool", tool.name, tool)
+
+    def _register_policy(self, lane: Lane, name: str, factory: PolicyFactory) -> None:
+        if not callable(factory):
+            raise TypeError(f"register(name, factory) takes a function, not {type(factory).__name__}")
+        _keep(self._policies, "policy", name, (lane, factory))
+
+    def _register_filter(self, lane: Lane, name: str, filter: Filter) -> None:
+        if (why := lacks(filter, Filter)) is not None:
+            raise TypeError(f"register(name, filter) is given {why}")
+        _keep(self._filters, "filter", name, (lane, filter))
+
+    def _register_pass(self, lane: Lane, name: str, compression: Pass) -> None:
+        if (why := lacks(compression, Pass)) is not None:
+            raise TypeError(f"register(name, compression) is given {why}")
+        _keep(self._passes, "pass", name, (lane, compression))
 
     # -- what was registered -----------------------------------------------------------------------------------------
 
@@ -173,7 +196,15 @@ class Plugins:
         if name not in self._drivers:
             raise ConfigError(f"driver is {name!r}; registered are: auto, {', '.join(sorted(self._drivers))}")
         factory, _ = self._drivers[name]
-        return factory(self._config)
+        try:
+            driver = factory(self._config)
+        except Error:
+            raise
+        except Exception as error:
+            raise DriverError(f"driver {name!r} cannot be made: {type(error).__name__}: {error}") from error
+        if (why := lacks(driver, Driver)) is not None:
+            raise DriverError(f"the factory of driver {name!r} gave {why}")
+        return driver
 
     def open_policy(self) -> Policy:
         """The policy that the configuration names, guarded: it falls back to Fair. Raises ConfigError."""
@@ -185,7 +216,9 @@ class Plugins:
             policy = lane.call("register_policies", object, factory, self._config)
         except PluginError as error:
             raise ConfigError(f"policy {name!r} cannot be made: {error}") from error
-        return policy if type(policy) is Fair else _Guarded(policy, lane.health, self._guard)
+        if (why := lacks(policy, Policy)) is not None:
+            raise ConfigError(f"policy {name!r} cannot be made: plugin {lane.health.plugin!r} gave {why}")
+        return policy if type(policy) is Fair else GuardedPolicy(policy, lane.health, self._guard)
 
     # -- choices -----------------------------------------------------------------------------------------------------
 
@@ -194,7 +227,7 @@ class Plugins:
         base, *passes = model.split("+") if any(f"+{name}" in model for name in self._passes) else (model,)
         if unknown := [name for name in passes if name not in self._passes]:
             raise ModelNotFound(f"{model}: there is no pass {unknown[0]!r}; registered are: {', '.join(self._passes)}")
-        image: Image | None = self._manager.hook.open_image(model=base, config=self._config)
+        image: Image | None = self._first("open_image", Image, {"model": base, "config": self._config}, FILES_LIMIT_S)
         if image is None:
             raise ModelNotFound(f"no plugin knows a model named {base!r}; `llm-os models` lists what is here")
         for name in passes:
@@ -204,30 +237,40 @@ class Plugins:
     def _apply(self, name: str, image: Image) -> Image:
         lane, compression = self._passes[name]
         try:
-            changed = compression.apply(image)
-        except BaseException as error:
+            apply = partial(compression.apply, image)
+            changed: Image | None = opened(lane.health, f"pass {name!r}", Image, apply, FILES_LIMIT_S)
+        except BaseException:
             image.close()
-            if isinstance(error, Error):
-                raise
-            raise lane.health.failed(f"pass {name!r} raised {type(error).__name__}: {error}") from error
+            raise
         if changed is None:
             image.close()
             raise Unsupported(f"pass {name!r} of plugin {lane.health.plugin!r} gave no image")
         return changed
 
     def open_log(self, folder: Path) -> Log:
-        """Raises StoreError, and ConfigError when no plugin keeps a journal."""
-        log: Log | None = self._manager.hook.open_log(folder=folder)
+        """Raises StoreError, PluginError, and ConfigError when no plugin keeps a journal."""
+        log: Log | None = self._first("open_log", Log, {"folder": folder}, None)
         if log is None:
             raise ConfigError(f"state is {str(folder)!r}, but no plugin keeps a journal")
         return log
 
     def open_swap(self, config: Config) -> SwapStore:
-        """Raises StoreError, and ConfigError when no plugin keeps swapped pages."""
-        store: SwapStore | None = self._manager.hook.open_swap(config=config)
+        """Raises StoreError, PluginError, and ConfigError when no plugin keeps swapped pages."""
+        store: SwapStore | None = self._first("open_swap", SwapStore, {"config": config}, None)
         if store is None:
             raise ConfigError("swap_host or swap_disk is set, but no plugin keeps swapped pages")
         return store
+
+    def _first(self, hook: str, kind: type, values: dict[str, Any], limit_s: float | None) -> Any:
+        """The first thing that a plugin opens; who was enabled last is asked first, who is off is not asked."""
+        for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
+            health = self._lanes[implementation.plugin_name].health
+            if health.off is None:
+                call = partial(implementation.function, *(values[name] for name in implementation.argnames))
+                given = opened(health, hook, kind, call, limit_s)
+                if given is not None:
+                    return given
+        return None
 
     def compile_grammar(self, grammar: Grammar, image: Image) -> Compiled:
         """Raises RequestError for a grammar that cannot be used, PluginError."""
@@ -254,10 +297,14 @@ class Plugins:
     def pick_victim(self, victims: list[ModelInfo]) -> str | None:
         """In the kernel's thread. None if nobody chooses."""
         names = {info.name for info in victims}
+
+        def check(name: object) -> bool:
+            return name is None or (isinstance(name, str) and name in names)
+
         for implementation in reversed(self._manager.hook.pick_victim.get_hookimpls()):
             health = self._lanes[implementation.plugin_name].health
             call = implementation.function if implementation.argnames else lambda _, f=implementation.function: f()
-            name = self._guard.call(health, "pick_victim", call, victims, lambda n: n is None or n in names)
+            name = self._guard.call(health, "pick_victim", call, victims, check)
             if name is not None:
                 return name  # type: ignore[no-any-return]
         return None
@@ -270,12 +317,14 @@ class Plugins:
         self.admit(request)
         answer: list[TextFilter] = []
         for lane, filter in self._filters.values():
-            opened = lane.call("Filter.open", tuple, filter.open, request)
-            if opened is None:
+            pair = lane.call("Filter.open", tuple, filter.open, request)
+            if pair is None:
                 continue
-            if len(opened) != 2 or not isinstance(opened[0], Request):
-                raise lane.health.failed("Filter.open gave no (Request, TextFilter)")
-            request, text = opened
+            if len(pair) != 2 or not isinstance(pair[0], Request):
+                raise lane.health.failed("Filter.open", "gave no (Request, TextFilter)")
+            request, text = pair
+            if text is not None and (why := lacks(text, TextFilter)) is not None:
+                raise lane.health.failed("Filter.open", f"gave {why}")
             if text is not None:
                 answer.insert(0, Filtering(lane, text))
         return request, answer
@@ -297,79 +346,31 @@ class Plugins:
             lane.close()
 
 
-class Filtering:
-    """One filter of one answer, called in its plugin's lane."""
-
-    def __init__(self, lane: Lane, text: TextFilter) -> None:
-        self._lane = lane
-        self._text = text
-
-    def push(self, text: str) -> str:
-        return str(self._lane.call("TextFilter.push", str, self._text.push, text) or "")
-
-    def flush(self) -> str:
-        return str(self._lane.call("TextFilter.flush", str, self._text.flush) or "")
-
-
-class _Guarded:
-    """A plugin's policy; Fair where that fails."""
-
-    def __init__(self, policy: Policy, health: Health, guard: Guard) -> None:
-        self._policy, self._health, self._guard, self._fair = policy, health, guard, Fair()
-
-    def share(self, share: Share) -> float:
-        value = self._guard.call(self._health, "Policy.share", self._policy.share, share, _finite)
-        return self._fair.share(share) if value is None else float(value)
-
-    def rank(self, candidate: Candidate) -> float:
-        value = self._guard.call(self._health, "Policy.rank", self._policy.rank, candidate, _finite)
-        return 0.0 if value is None else float(value)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _load(module: str) -> object:
-    """A module, or what "module:name" says in it. A class is made an object: one for each kernel. Imported in a thread
-    of its own, so that one which never ends, or ends the process, is an error like another."""
-    done: Future[object] = Future()
-
-    def load() -> None:
-        try:
-            name, _, attribute = module.partition(":")
-            plugin: object = importlib.import_module(name)
-            for part in filter(None, attribute.split(".")):
-                plugin = getattr(plugin, part)
-            done.set_result(plugin() if isinstance(plugin, type) else plugin)
-        except BaseException as error:
-            done.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
-
-    threading.Thread(target=load, name=f"llm-os-import-{module}", daemon=True).start()
-    try:
-        return done.result(IMPORT_LIMIT_S)
-    except TimeoutError:
-        if done.done():  # it raised that itself
-            raise
-        raise TimeoutError(f"it took longer than {IMPORT_LIMIT_S:g} s") from None
+    """A module, or what "module:name" says in it. A class is made an object: one for each kernel."""
+    name, _, attribute = module.partition(":")
+    plugin: object = importlib.import_module(name)
+    for part in filter(None, attribute.split(".")):
+        plugin = getattr(plugin, part)
+    return plugin() if isinstance(plugin, type) else plugin
 
 
-def _arguments(registry: dict[str, tuple[Lane, Any]], what: str, config: Config, lane: Lane) -> dict[str, Any]:
-    return {"register": _into(registry, what, lane), "config": config}
+def _given(register: Callable[..., None], config: Config, lane: Lane) -> dict[str, Any]:
+    return {"register": partial(register, lane), "config": config}
 
 
-def _into(registry: dict[str, tuple[Lane, Any]], what: str, lane: Lane) -> Callable[[str, Any], None]:
-    def register(name: str, value: Any) -> None:
-        if name in registry:
-            raise ConfigError(f"two plugins register a {what} named {name!r}; disable one of them")
-        registry[name] = (lane, value)
-
-    return register
+def _keep(registry: dict[str, T], what: str, name: str, value: T) -> None:
+    if name in registry:
+        raise ConfigError(f"two plugins register a {what} named {name!r}; disable one of them")
+    registry[name] = value
 
 
 def _probe(name: str, probe: DriverProbe) -> DeviceInfo:
     try:
-        return probe()
+        info = probe()
+        if not isinstance(info, DeviceInfo):
+            raise TypeError(f"it gave {type(info).__name__}, no DeviceInfo")
+        return info
     except Exception as error:  # it promised not to; the other drivers still count
         why = f"its probe failed: {type(error).__name__}: {error}"
         return DeviceInfo(driver=name, device="", total_bytes=0, free_bytes=0, unavailable=why)

@@ -34,7 +34,7 @@ def commands(known: Collection[str]) -> tuple[Commands, list[str]]:
         try:
             added = llm_os.commands(alone)
         except Exception as error:  # a plugin can fail in any way
-            problems.append(f"{error}; or: llm-os plugins disable {manifest.name}")
+            problems.append(str(error))
             continue
         for name, command in added.items():
             if name in known or name in found:
