@@ -15,7 +15,7 @@ Four ways to multiply, chosen when a matrix is loaded; each gives a row the same
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -63,6 +63,8 @@ class IntegerLinear:
         codes = held[:, 4:].view(torch.int8).contiguous()
         self._offsets = 128 * codes.sum(1, dtype=torch.int32).float()  # exact: multiples of 128 below 2**31
         self._packed = way == "onednn"
+        if self._packed:
+            self._offsets *= self._scales
         self._codes = torch.ops.onednn.qlinear_prepack(codes, None) if self._packed else codes
 
     @property
@@ -72,31 +74,33 @@ class IntegerLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = rotate(x, self._rotation)
-        scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
-        codes = torch.round(x / scale)
+        scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min_(1e-30)
+        codes = (x / scale).add_(128.5).to(torch.uint8)  # rounded, and from 1 to 255
         product = self._multiply_packed(codes) if self._packed else self._multiply_exactly(codes)
-        return (product - self._offsets * self._scales) * scale
+        return product.mul_(scale)
 
     def _multiply_packed(self, codes: Tensor) -> Tensor:
-        """(codes + 128) times the matrix."""
-        shifted = (codes + 128).to(torch.uint8)
+        """Activations, stored as `codes` 1 to 255, times the matrix."""
         weight = (self._codes, self._scales, _no_zero_point())
         multiply = torch.ops.onednn.qlinear_pointwise
-        return cast(Tensor, multiply(shifted, 1.0, 0, *weight, None, 1.0, 0, torch.float32, "none", [], ""))
+        product: Tensor = multiply(codes, 1.0, 0, *weight, None, 1.0, 0, torch.float32, "none", [], "")
+        return product.sub_(self._offsets)
 
     def _multiply_exactly(self, codes: Tensor) -> Tensor:
         """The same bits."""
         rows, columns = self._codes.shape
-        product = codes.new_empty(len(codes), rows)
+        signed = codes.float() - 128
+        product = signed.new_empty(len(codes), rows)
         for start, stop in _parts(rows, columns):
             total: Tensor | None = None
             for first in range(0, columns, _EXACT):
                 weight = self._codes[start:stop, first : first + _EXACT].float()
-                piece = functional.linear(codes[:, first : first + _EXACT], weight)
+                piece = functional.linear(signed[:, first : first + _EXACT], weight)
                 total = piece if total is None else total.double() + piece
             assert total is not None
-            shifted = (total.double() + self._offsets[start:stop]).float()  # rounded once, as from 32-bit integers
-            product[:, start:stop] = shifted * self._scales[start:stop]
+            offsets, scales = self._offsets[start:stop], self._scales[start:stop]
+            shifted = (total.double() + offsets).float()  # rounded once, as from 32-bit integers
+            product[:, start:stop] = shifted * scales - offsets * scales
         return product
 
 

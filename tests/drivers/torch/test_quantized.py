@@ -116,8 +116,8 @@ def test_a_processor_whose_integer_products_overflow_is_not_used(monkeypatch):
     """As oneDNN without VNNI: pairs of products are added in 16 bits."""
 
     def multiply(self, codes):
-        pairs = ((codes + 128)[:, None] * weight).unflatten(-1, (-1, 2)).sum(-1).clamp(-32768, 32767)
-        return pairs.sum(-1)
+        pairs = (codes.float()[:, None] * weight).unflatten(-1, (-1, 2)).sum(-1).clamp(-32768, 32767)
+        return pairs.sum(-1) - 128 * weight.sum(-1)
 
     weight = torch.full((64, 1088), 127.0)
     weight[::2] = torch.arange(1088, dtype=torch.uint8).view(torch.int8)
