@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -159,27 +161,7 @@ def test_a_pass_needs_the_plugin_and_a_model_with_weights(smollm2: Path) -> None
         llm_os.open_image("sim:a+int8", quiet())
 
 
-PRUNE = """
-import numpy as np
-import llm_os
-
-class Prune:
-    '''Sets the smallest values of each matrix to zero.'''
-
-    def apply(self, image):
-        names = llm_os.weight_matrices(image)
-        return llm_os.change_weights(image, lambda tensor: self.pruned(tensor) if tensor.name in names else tensor)
-
-    def pruned(self, tensor):
-        values = tensor.float32()
-        sizes = np.abs(values)
-        values[sizes < 0.1 * sizes.mean()] = 0
-        return tensor.replaced(values)
-
-@llm_os.hookimpl
-def register_passes(register):
-    register("prune", Prune())
-"""
+PAGE = Path(__file__).parents[2] / "docs" / "plugins" / "quantize.md"
 
 
 @pytest.fixture
@@ -188,7 +170,8 @@ def prune_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
     package, info = tmp_path / name, tmp_path / f"{name}-1.0.dist-info"
     package.mkdir()
     info.mkdir()
-    (package / "__init__.py").write_text(PRUNE)
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (package / "__init__.py").write_text(example)
     (package / "llm_os.toml").write_text(
         f'[{name}]\nsummary = "for a test"\ncontract = {llm_os.CONTRACT}\nhooks = ["register_passes"]\n'
     )
@@ -199,15 +182,19 @@ def prune_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
     yield name
 
 
-def test_a_strangers_pass_changes_weights_and_goes_before_ours(smollm2: Path, prune_plugin: str) -> None:
+def test_the_pass_in_the_docs_changes_weights_and_goes_before_ours(smollm2: Path, prune_plugin: str) -> None:
     both = config(plugins=("quantize", prune_plugin), options={"quantize": {"remind": False}})
-    image = llm_os.open_image(str(smollm2))
-    texts = [image.encode(text, raw=True)[:9] for text in shipped_texts().values()]
-    image.close()
-    scores = {
-        passes: llm_os.score(f"{smollm2}{passes}", texts, config=both) for passes in ("", "+prune", "+prune+int8")
-    }
-    sums = {passes: sum(token.logprob for line in each.texts for token in line) for passes, each in scores.items()}
-    assert abs(sums["+prune"] - sums["+prune+int8"]) < 0.5 * abs(sums["+prune"] - sums[""])
-    assert scores["+prune"].weights == scores[""].weights
-    assert scores["+prune+int8"].weights < 0.3 * scores[""].weights
+    name = "blk.0.ffn_down.weight"
+    with closing(llm_os.open_image(f"{smollm2}+prune", both)) as image:
+        weights: Any = image
+        assert not (abs(values := weights.weights[name].float32()) < 1e-3)[values != 0].any()
+        assert (values == 0).mean() > 0.001
+        texts = [image.encode(text, raw=True)[:9] for text in shipped_texts().values()]
+    plain, pruned, small = (
+        llm_os.score(f"{smollm2}{passes}", texts, config=both) for passes in ("", "+prune", "+prune+int8")
+    )
+    assert pruned.weights == plain.weights
+    assert small.weights < 0.3 * plain.weights
+    sums = [sum(token.logprob for line in each.texts for token in line) for each in (plain, pruned, small)]
+    assert sums[0] != sums[1]
+    assert max(sums) - min(sums) < 0.05 * abs(sums[0])
