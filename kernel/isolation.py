@@ -4,7 +4,8 @@
               given up: its thread is left to itself, a new one goes on with the next.
     within    a thread for one call, for what reads files: imports, opening a model. It may take minutes.
     Guard     calls in the kernel's own thread, for what has to be quick. One that takes too long is interrupted by an
-              exception in that thread, which stops Python code but not a call into C (time.sleep, say).
+              exception in that thread, which stops Python code, however it
+              catches exceptions, but not a call into C (time.sleep, say).
 
 A plugin whose hook fails three times in a row is off: its calls fail at once. Python in one process is no sandbox: this
 holds mistakes, not malice.
@@ -21,14 +22,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from types import NoneType
 from typing import Any, TypeVar
 
-from llm_os.kernel.errors import Error, PluginError
+from llm_os.kernel.errors import Closed, Error, PluginError
 
 T = TypeVar("T")
 
 MAX_FAILURES = 3
-_MAX_EVENTS = 1024
+_MAX_STEPS, _MAX_EVENTS = 1024, 65536  # that wait for a plugin
 _LONGEST = 500  # characters of what went wrong
 _log = logging.getLogger("llm_os.plugins")
 
@@ -48,10 +50,10 @@ class Health:
     def failed(self, hook: str, how: str) -> PluginError:
         """Note a failure; the error to tell. Three in a row of one hook turn the plugin off."""
         what = " ".join(f"{hook} {how}".split())[:_LONGEST]
-        self._failures[hook] = self._failures.get(hook, 0) + 1
+        failures = self._failures[hook] = self._failures.get(hook, 0) + 1  # another thread may note that it is well
         message = f"plugin {self.plugin!r}: {what}"
         _log.error(message)
-        if self._failures[hook] >= MAX_FAILURES and self.off is None:
+        if failures >= MAX_FAILURES and self.off is None:
             self.off = f"plugin {self.plugin!r} is off: it failed {MAX_FAILURES} times in a row, last: {what}"
             _log.error(self.off)
         return PluginError(message)
@@ -60,12 +62,18 @@ class Health:
 class _Job:
     """One call. `future` is None for an event, whose result nobody waits for."""
 
-    __slots__ = ("arguments", "function", "future", "hook")
+    __slots__ = ("arguments", "droppable", "function", "future", "hook")
 
     def __init__(
-        self, hook: str, function: Callable[..., Any], arguments: tuple[Any, ...], future: Future[Any] | None
+        self,
+        hook: str,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        future: Future[Any] | None,
+        droppable: bool = False,
     ) -> None:
         self.hook, self.function, self.arguments, self.future = hook, function, arguments, future
+        self.droppable = droppable
 
 
 class Lane:
@@ -80,10 +88,11 @@ class Lane:
         self._thread: threading.Thread | None = None
         self._waits = False  # the thread waits for a job
         self._closed = False
-        self.missed = 0  # events that came too fast for the plugin
+        self._missed = 0  # events that came too fast for the plugin
 
     def call(self, hook: str, kind: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What `function(*arguments)` returns, which must be of type `kind` (or None).
+        """What `function(*arguments)` returns, which must be of type `kind`, or of one of them; `object` is anything
+        but None.
 
         Raises PluginError if it is not, if the call raises or takes too long, and an Error of ours as it is."""
         return self.start(hook, kind, function, *arguments)()
@@ -97,7 +106,7 @@ class Lane:
             future.set_exception(PluginError(self.health.off))
         return partial(self._finish, hook, kind, future)
 
-    def _finish(self, hook: str, kind: Any, future: Future[Any]) -> Any:
+    def _finish(self, hook: str, kind: type | tuple[type, ...], future: Future[Any]) -> Any:
         try:
             result = self._wait(future)
         except PluginError:
@@ -106,36 +115,59 @@ class Lane:
             self.health.well(hook)
             raise
         except Exception as error:
-            raise self.health.failed(hook, f"raised {type(error).__name__}: {error}") from error
-        if result is not None and not isinstance(result, kind):
-            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise self.health.failed(hook, f"raised {told(error)}") from error
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(result) not in kinds and not (object in kinds and result is not None):
+            names = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
             raise self.health.failed(hook, f"gave {type(result).__name__}, no {names}")
         self.health.well(hook)
         return result
 
-    def post(self, hook: str, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call it for its effect, some time soon. Never waits."""
+    def post(self, hook: str, function: Callable[..., Any], *arguments: Any, droppable: bool = False) -> None:
+        """Call it for its effect, some time soon. Never waits. Of those that are `droppable`, only so many wait."""
         if self.health.off is not None:
             return
-        if len(self._jobs) >= _MAX_EVENTS:
-            self.missed += 1
+        if len(self._jobs) >= (_MAX_STEPS if droppable else _MAX_EVENTS):
+            self._missed += 1
             self._give_up()
             return
-        self._put(_Job(hook, function, arguments, None))
+        self._put(_Job(hook, function, arguments, None, droppable))
 
-    def close(self) -> None:
-        """Let the thread end after what waits, and wait for that; as long as one call may take."""
+    def shut(self) -> None:
+        """Take no more calls. What waits is still done, but for events that may be dropped."""
         with self._ready:
             self._closed = True
+            kept = [job for job in self._jobs if not job.droppable]
+            self._missed += len(self._jobs) - len(kept)
+            self._jobs.clear()
+            self._jobs.extend(kept)
             self._ready.notify()
-            thread = self._thread
-        if thread is not None:
-            thread.join(self._limit_s)
-            if thread.is_alive():
-                _log.error("plugin %r: a call has not come back; its thread is left behind", self.health.plugin)
+        if self._missed:
+            _log.warning("plugin %r was too slow for %d events", self.health.plugin, self._missed)
+
+    def wait(self, until: float) -> None:
+        """After `shut`: until what waits is done, or that time has come. What hangs is given up."""
+        while (thread := self._thread) is not None and thread.is_alive() and time.monotonic() < until:
+            with self._ready:
+                since = self._current[1] if self._current is not None else time.monotonic()
+            thread.join(max(0.001, min(until, since + self._limit_s) - time.monotonic()))
+            self._give_up()
+        with self._ready:
+            left, hangs = list(self._jobs), self._current
+            self._jobs.clear()
+        if hangs is not None:
+            _log.error("plugin %r: %s has not come back; its thread is left behind", self.health.plugin, hangs[0].hook)
+            left.append(hangs[0])
+        for job in left:
+            if job.future is not None:
+                _settle(job.future, error=PluginError(f"plugin {self.health.plugin!r}: the kernel is closed"))
 
     def _put(self, job: _Job) -> None:
         with self._ready:
+            if self._closed:  # the kernel has closed while an answer was on its way through a filter
+                if job.future is not None:
+                    job.future.set_exception(Closed("the kernel is closed"))
+                return
             self._jobs.append(job)
             if self._thread is None:
                 self._start()
@@ -171,16 +203,17 @@ class Lane:
             if job.future is not None:
                 _settle(job.future, error=PluginError(self.health.off))
             return
+        error, result = None, None
         try:
             result = job.function(*job.arguments)
-        except BaseException as error:
-            if job.future is None:
-                self.health.failed(job.hook, f"raised {type(error).__name__}: {error}")
-            else:
-                _settle(job.future, error=error if isinstance(error, Exception) else RuntimeError(repr(error)))
-            return
+        except BaseException as raised:
+            error = raised if isinstance(raised, Exception) else RuntimeError(told(raised))
         if job.future is not None:
-            _settle(job.future, result)
+            _settle(job.future, result, error)
+        elif self._thread is not threading.current_thread():
+            return  # it was given up, which has been told
+        elif error is not None:
+            self.health.failed(job.hook, f"raised {told(error)}")
         elif result is not None:
             self.health.failed(job.hook, f"gave {type(result).__name__}; events return nothing")
         else:
@@ -219,7 +252,7 @@ def within(limit_s: float, function: Callable[[], T], late: Callable[[T], Any] =
         try:
             result = function()
         except BaseException as error:
-            _settle(done, error=error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            _settle(done, error=error if isinstance(error, Exception) else RuntimeError(told(error)))
             return
         _settle(done, result)
         if done.exception() is not None:
@@ -243,27 +276,21 @@ class Guard:
         self._watched = False
         self._closed = threading.Event()
 
-    def call(self, health: Health, hook: str, function: Callable[[Any], Any], argument: Any, check: Any) -> Any:
-        """What `function(argument)` returns if `check` says that it is good; None where it failed, or is off."""
+    def call(self, health: Health, hook: str, function: Callable[[], T]) -> T | None:
+        """What `function()` returns; None where it failed, or is off. All that touches what a plugin gave belongs into
+        it, the check of the result too."""
         if health.off is not None:
             return None
         if not self._watched:
             self._watch()
         self._caller, self._since = threading.get_ident(), time.monotonic()
         try:
-            try:
-                result = function(argument)
-            finally:
-                self._leave()
-        except _Overrun:
+            result = function()
             self._leave()
-            health.failed(hook, f"took longer than {self._limit_s:g} s")
-            return None
-        except Exception as error:
-            health.failed(hook, f"raised {type(error).__name__}: {error}")
-            return None
-        if not check(result):
-            health.failed(hook, f"gave {result!r:.80}")
+        except BaseException as error:
+            self._leave()
+            overran = isinstance(error, _Overrun)
+            health.failed(hook, f"took longer than {self._limit_s:g} s" if overran else f"raised {told(error)}")
             return None
         health.well(hook)
         return result
@@ -272,23 +299,40 @@ class Guard:
         self._closed.set()
 
     def _leave(self) -> None:
-        with self._lock:
-            self._since = None
+        """The call is over. What was raised in this thread until then is raised before this returns."""
+        while True:
+            try:
+                with self._lock:
+                    self._since = None
+                return
+            except _Overrun:  # it came when the call had ended
+                continue
 
     def _watch(self) -> None:
         self._watched = True
         threading.Thread(target=self._observe, name="llm-os-guard", daemon=True).start()
 
     def _observe(self) -> None:
-        while not self._closed.wait(self._limit_s / 4):
+        """An exception may be swallowed where it comes up, by an `except:` say: so it is raised until the call ends."""
+        pause = self._limit_s / 4
+        while not self._closed.wait(pause):
             with self._lock:  # the call cannot end while we interrupt it
-                if self._since is not None and time.monotonic() - self._since >= self._limit_s:
-                    self._since = None
+                over = self._since is not None and time.monotonic() - self._since >= self._limit_s
+                if over:
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._caller), ctypes.py_object(_Overrun))
+            pause = 0.002 if over else self._limit_s / 4
 
 
 class _Overrun(BaseException):
     """Raised inside a call that takes too long. No `except Exception` of a plugin stops it."""
+
+
+def told(error: BaseException) -> str:
+    """What happened, in one line, whatever the plugin's exception does when it is asked."""
+    try:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
+    except BaseException:
+        return type(error).__name__
 
 
 def _settle(future: Future[Any], result: Any = None, error: Exception | None = None) -> None:

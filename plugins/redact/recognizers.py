@@ -73,7 +73,7 @@ def _ipv6(match: re.Match[str]) -> tuple[int, int] | None:
     except ValueError:
         return None
     groups = [group for group in match[0].split(":") if group]
-    if address.is_loopback or address.is_unspecified or (len(groups) < 3 and not any(map(str.isdigit, match[0]))):
+    if address.is_loopback or address.is_unspecified or (len(groups) < 3 and len(groups[0]) < 3):
         return None
     return match.span()
 
@@ -92,7 +92,7 @@ def _international(match: re.Match[str]) -> tuple[int, int] | None:
 
 def _spoken(match: re.Match[str]) -> tuple[int, int] | None:
     """A number after a word such as "phone"."""
-    return match.span("v") if 6 <= sum(map(str.isdigit, match["v"])) <= 15 else None
+    return match.span("v") if 7 <= sum(map(str.isdigit, match["v"])) <= 15 else None
 
 
 _IBAN_REST = {
@@ -109,10 +109,13 @@ def _iban(match: re.Match[str]) -> tuple[int, int] | None:
     return account.span()
 
 
+_CODE = re.compile(r"[A-Za-z_][\w.:>-]*[(\[]|https?:|[$%]?\{|\$\(|/")
+
+
 def _password(match: re.Match[str]) -> tuple[int, int] | None:
-    """Not "the password is required": it has a digit or a sign in it."""
+    """Not "the password is required": it has a digit or a sign in it. Not "password = ask(user)" either."""
     value = match["v"].rstrip(".,!?:)]}")
-    if len(value) < 6 or not re.search(r"[^A-Za-z'-]", value) or value.startswith(("http:", "https:", "${", "{{")):
+    if len(value) < 6 or not re.search(r"[^A-Za-z'-]", value) or _CODE.match(value):
         return None
     return match.start("v"), match.start("v") + len(value)
 
@@ -157,8 +160,9 @@ _FORMS: tuple[tuple[str, str, Check], ...] = (
                     r"[CFGHJKLMNPRTVWXYZ0-9]{8})(?!\w)", lambda match: _passport(match)),
     ("IP", r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)", _ipv4),
     ("IP", r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}(?:(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{1,4})?(?![\w:])", _ipv6),
-    ("PHONE", r"(?<![\w+.])(?:\+ ?|(?<!\d[ -])00)[1-9](?:[ ().\/-]{0,3}\d){7,14}(?!\d)", _international),
-    ("PHONE", r"(?<![\w.+-])(?:1[-. ])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])[2-9]\d\d[-. ]\d{4}(?![\w-]|\.\d)", _value),
+    ("PHONE", r"(?<![\w+.])(?:\+|(?<!\d[ ,-])00)[1-9](?:[ ().\/-]{0,3}\d){7,14}(?!\d)", _international),
+    ("PHONE", r"(?<![\w.+-])(?:1[-. ])?(?:\([2-9]\d\d\) ?[2-9]\d\d[-. ]\d{4}"
+              r"|[2-9]\d\d([-.])[2-9]\d\d\1\d{4})(?![\w-]|\.\d)", _value),
     ("PHONE", r"(?<![\w.+/-])(?<!\d )(?:\(?0(?:7\d{3}\)? \d{3} ?\d{3}|20\)? \d{4} \d{4}|1\d\d\)? \d{3} \d{4}"
               r"|1\d{3}\)? \d{6})|0[1-79](?:[ .]\d\d){4}|0(?:1[5-7]\d|[2-9]\d{1,4})(?: ?[/-] ?| )\d{3,4}"
               r"(?:[ -]?\d{2,4}){1,2})(?![\w/-]|\.\d)", _value),

@@ -33,6 +33,14 @@ def lane() -> Iterator[Lane]:
 # -- calls in a plugin's own thread ------------------------------------------------------------------------------------
 
 
+def test_a_call_that_comes_after_the_kernel_has_closed_is_told_so_at_once(lane: Lane) -> None:
+    assert lane.call("admit", str, lambda: "no") == "no"
+    lane.close()
+    with pytest.raises(llm_os.Closed, match="the kernel is closed"):
+        lane.call("TextFilter.push", str, lambda: "never")
+    lane.post("halting", lambda: None)
+
+
 def test_a_call_returns_what_the_plugin_says(lane: Lane) -> None:
     assert lane.call("admit", str, lambda: "no") == "no"
     assert lane.call("admit", str, lambda: None) is None
