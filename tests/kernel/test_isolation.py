@@ -35,7 +35,7 @@ def lane() -> Iterator[Lane]:
 
 def test_a_call_that_comes_after_the_kernel_has_closed_is_told_so_at_once(lane: Lane) -> None:
     assert lane.call("admit", str, lambda: "no") == "no"
-    lane.close()
+    lane.shut()
     with pytest.raises(llm_os.Closed, match="the kernel is closed"):
         lane.call("TextFilter.push", str, lambda: "never")
     lane.post("halting", lambda: None)
