@@ -32,16 +32,16 @@ def list_plugins(*, json: Annotated[bool, FLAG] = False) -> None:
     json
         Print one JSON object.
     """
-    there, on = _installed(), _enabled()
-    rows = [_report(there[name], name in on) for name in there]
-    missing = [name for name in on if name not in there]
+    there, on = llm_os.installed_plugins(), _enabled()
+    rows = [_report(each, each.name in on) for each in there]
+    missing = [name for name in on if name not in {each.name for each in there}]
     if json:
         print(json_text.dumps({"plugins": rows, "missing": missing, "settings": str(settings.path())}))
         return
     lines = [("NAME", "VERSION", "STATE", "SUMMARY")]
     for row in rows:
         state = "broken" if row["problem"] else "on" if row["enabled"] else "off"
-        lines.append((row["name"], row["version"] or "built in", state, row["summary"]))
+        lines.append((row["name"], "built in" if row["built_in"] else row["version"], state, row["summary"]))
     lines += [(name, "", "missing", "enabled, but not installed") for name in missing]
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     for line in lines:
@@ -138,10 +138,6 @@ def new(name: str, /, *, into: Path = Path()) -> None:
     print(folder)
 
 
-def _installed() -> dict[str, llm_os.Manifest]:
-    return {manifest.name: manifest for manifest in llm_os.installed_plugins()}
-
-
 def _enabled() -> dict[str, None]:
     """Names, in order; of plugins that are not installed, too."""
     names = dict.fromkeys(manifest.name for manifest in llm_os.enabled_plugins())
@@ -154,7 +150,9 @@ def _enabled() -> dict[str, None]:
 
 
 def _find(name: str) -> llm_os.Manifest:
-    there = _installed()
+    there: dict[str, llm_os.Manifest] = {}
+    for manifest in llm_os.installed_plugins():
+        there.setdefault(manifest.name, manifest)
     if name not in there:
         near = difflib.get_close_matches(name, there, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "llm-os plugins list shows those that are"
@@ -165,8 +163,8 @@ def _find(name: str) -> llm_os.Manifest:
 def _report(manifest: llm_os.Manifest, enabled: bool) -> dict[str, Any]:
     return {
         "name": manifest.name,
-        "version": manifest.version,
-        "distribution": manifest.distribution,
+        "version": manifest.version or llm_os.__version__,
+        "distribution": manifest.distribution or "llm-os-runtime",
         "module": manifest.module,
         "summary": manifest.summary,
         "contract": manifest.contract,
@@ -181,7 +179,7 @@ def _report(manifest: llm_os.Manifest, enabled: bool) -> dict[str, Any]:
 def _described(report: dict[str, Any]) -> list[str]:
     return [
         f"name          {report['name']}",
-        f"version       {report['version'] or 'built in'}",
+        f"version       {report['version']}",
         f"distribution  {report['distribution']}",
         f"module        {report['module']}",
         f"summary       {report['summary']}",

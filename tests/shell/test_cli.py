@@ -12,7 +12,7 @@ import pytest
 import llm_os
 
 HEAVY = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "prompt_toolkit", "jinja2")
-COMMANDS = ("run", "chat", "pull", "models", "rm", "doctor", "sim", "completion")
+COMMANDS = ("run", "chat", "pull", "models", "rm", "doctor", "plugins", "sim", "completion")
 
 
 def test_help_names_every_command(run):
