@@ -76,7 +76,8 @@ class SimImage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return list(text.encode())
 
     def token_bytes(self) -> Sequence[bytes]:
-        return _PIECES if self.vocab_size == len(_PIECES) else _PIECES[: self.vocab_size]
+        beyond = self.vocab_size - len(_PIECES)
+        return _PIECES[: self.vocab_size] + (b"",) * beyond if beyond else _PIECES
 
     def decoder(self) -> SimDecoder:
         return SimDecoder()

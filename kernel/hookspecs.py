@@ -177,8 +177,10 @@ def open_swap(config: Config) -> SwapStore | None:
 def compile_grammar(grammar: Grammar, image: Image) -> Language | None:
     """Compile what an answer must match, for this model's vocabulary, or None if the kind is not for this plugin.
 
-    Called once per process that has `Sampling.grammar`, in the plugin's own thread. Raises RequestError for a grammar
-    that is wrong or too large. The first result wins; third-party plugins are asked before built-ins. Since 1.
+    Called once per process that has `Sampling.grammar`, in the plugin's own thread; again for one that is restored,
+    never for a fork, which shares its parent's. Matchers are called in another thread of the plugin's, for which
+    batches wait. Raises RequestError for a grammar that is wrong or too large. The first result wins; third-party
+    plugins are asked before built-ins. Since 1.
     """
 
 

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 import llm_os
 from llm_os.shell.answer import Answer, boot, checked, state, stream
-from llm_os.shell.options import ANSWER, FLAG, MachineOptions, SamplingOptions
+from llm_os.shell.options import ANSWER, FLAG, GrammarOptions, MachineOptions, SamplingOptions
 from llm_os.shell.progress import Waiting, fetch
 from llm_os.shell.stdio import say
 
@@ -25,6 +25,7 @@ def run(
     system: Annotated[str | None, Parameter(group=ANSWER)] = None,
     raw: Annotated[bool, FLAG, Parameter(group=ANSWER)] = False,
     json: Annotated[bool, FLAG, Parameter(group=ANSWER)] = False,
+    form: GrammarOptions | None = None,
     sampling: SamplingOptions | None = None,
     machine: MachineOptions | None = None,
 ) -> None:
@@ -43,7 +44,8 @@ def run(
     json
         Print one JSON object with the answer, its token ids, counts and timings.
     """
-    chosen, config = (sampling or SamplingOptions()).sampling(), (machine or MachineOptions()).config()
+    chosen = (sampling or SamplingOptions()).sampling((form or GrammarOptions()).chosen())
+    config = (machine or MachineOptions()).config()
     text = _prompt(prompt, raw)
     if raw and system is not None:
         raise llm_os.RequestError("--system needs the chat template, which --raw leaves out; give one of them")
