@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 
 from llm_os import Image, change_weights, weight_matrices
 from llm_os.plugins.quantize.records import Records
@@ -23,20 +24,24 @@ def types(matrices: dict[str, tuple[int, int]], name: str) -> dict[str, str]:
 
 
 class Quantize:
-    """One pass. A model without a kept report is quantized all the same, and the log says so, once."""
+    """One pass. A model without a kept report is quantized all the same, and the log says so once."""
 
     def __init__(self, name: str, records: Records | None) -> None:
         """`records` is None where nobody shall be reminded."""
         self._name = name
         self._records = records
-        self._told: set[str] = set()
 
     def apply(self, image: Image) -> Image:
         changed = change_weights(image, kept=types(weight_matrices(image), self._name))
-        if self._records is not None and image.name not in self._told and not self._records.kept(image, self._name):
-            self._told.add(image.name)
-            _log.warning(
-                "%s+%s runs without a kept report of its quality: llm-os quantize %s --with %s makes one",
-                *(image.name, self._name) * 2,
-            )
+        if self._records is not None and not self._records.kept(image, self._name):
+            remind(image.name, self._name)
         return changed
+
+
+@cache
+def remind(model: str, name: str) -> None:
+    """Once in a process: one command may open a model several times."""
+    _log.warning(
+        "%s+%s runs without a kept report of its quality: llm-os quantize %s --with %s makes one",
+        *(model, name) * 2,
+    )

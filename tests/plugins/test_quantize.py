@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import llm_os
-from llm_os.plugins.quantize.passes import Quantize, types
+from llm_os.plugins.quantize.passes import Quantize, remind, types
 from llm_os.plugins.quantize.records import Records
 from llm_os.plugins.quantize.report import Figures, Report, compare, shipped_texts
 from llm_os.testing import PassConformance
@@ -22,7 +22,8 @@ from llm_os.testing import PassConformance
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Records go to a place of the test's own."""
+    """Records go to a place of the test's own, and nobody has been reminded."""
+    remind.cache_clear()
     monkeypatch.setenv("LLM_OS_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
@@ -81,8 +82,8 @@ def test_each_matrix_gets_the_smallest_type_that_fits_its_rows(name: str, expect
 # Of the bytes in float32: a quarter, or an eighth with scales, and the embedding as it was.
 @pytest.mark.parametrize(("name", "share"), [("int8", 0.30), ("int4", 0.23)])
 def test_a_model_in_fewer_bits_stays_near_itself(smollm2: Path, name: str, share: float) -> None:
-    report = compare(str(smollm2), name, shipped_texts(), 120, quiet())
-    assert report.total.positions == sum(each.positions for each in report.texts.values()) == 120
+    report = compare(str(smollm2), name, shipped_texts(), 80, quiet())
+    assert report.total.positions == sum(each.positions for each in report.texts.values()) == 80
     assert report.bytes_after < share * report.bytes_before
     assert report.total.perplexity_before > 10  # a small model, and texts that it has not seen
     assert abs(report.total.increase) < 0.04
@@ -92,7 +93,7 @@ def test_a_model_in_fewer_bits_stays_near_itself(smollm2: Path, name: str, share
 
 def test_the_ledger_has_the_bytes_and_an_answer_does_not_depend_on_company(smollm2: Path) -> None:
     plain, small = str(smollm2), f"{smollm2}+int8"
-    sampling = llm_os.Sampling(max_tokens=6, temperature=0)
+    sampling = llm_os.Sampling(max_tokens=4, temperature=0)
     prompts = ["The capital of France is", "def fibonacci(n):", "Es war einmal"]
 
     def ask(kernel: llm_os.Kernel, model: str, prompt: str) -> llm_os.Stream:
@@ -118,9 +119,9 @@ def test_who_uses_a_model_without_a_kept_report_is_told_once(
 
     def open_twice(name: str) -> list[str]:
         caplog.clear()
-        compression = Quantize(name, records)
-        for _ in range(2):
-            compression.apply(llm_os.open_image(str(model))).close()
+        remind.cache_clear()
+        for _ in range(2):  # as two kernels would
+            Quantize(name, records).apply(llm_os.open_image(str(model))).close()
         return [record.getMessage() for record in caplog.records]
 
     with caplog.at_level(logging.WARNING, "llm_os.plugins.quantize"):
@@ -155,7 +156,7 @@ def test_the_reminder_can_be_turned_off_and_other_options_are_refused(
 def test_a_pass_needs_the_plugin_and_a_model_with_weights(smollm2: Path) -> None:
     with pytest.raises(llm_os.ModelNotFound):
         llm_os.open_image(f"{smollm2}+int8")
-    with pytest.raises(llm_os.ModelNotFound, match="no pass 'int2'"):
+    with pytest.raises(llm_os.ModelNotFound):
         llm_os.open_image(f"{smollm2}+int8+int2", quiet())
     with pytest.raises(llm_os.Unsupported, match="sim:a has no weights"):
         llm_os.open_image("sim:a+int8", quiet())
@@ -189,7 +190,7 @@ def test_the_pass_in_the_docs_changes_weights_and_goes_before_ours(smollm2: Path
         weights: Any = image
         assert not (abs(values := weights.weights[name].float32()) < 1e-3)[values != 0].any()
         assert (values == 0).mean() > 0.001
-        texts = [image.encode(text, raw=True)[:9] for text in shipped_texts().values()]
+        texts = [image.encode(text, raw=True)[:6] for text in shipped_texts().values()]
     plain, pruned, small = (
         llm_os.score(f"{smollm2}{passes}", texts, config=both) for passes in ("", "+prune", "+prune+int8")
     )
