@@ -170,9 +170,8 @@ class Plugins:
     def tools(self) -> tuple[Tool, ...]:
         return tuple(self._tools.values())
 
-    @property
-    def commands(self) -> dict[str, tuple[Callable[..., Any], str]]:
-        """What plugins add to `llm-os`: name -> (function, help)."""
+    def commands(self, config: Config) -> dict[str, tuple[Callable[..., Any], str]]:
+        """What plugins add to `llm-os`: name -> (function, help). `config` is what the command line has."""
         commands: dict[str, tuple[Callable[..., Any], str]] = {}
 
         def register(name: str, command: Callable[..., Any], help: str) -> None:

@@ -31,10 +31,16 @@ def probe(config: Config | None = None) -> list[DeviceInfo]:
         return plugins.probe()
 
 
-def commands(config: Config | None = None) -> dict[str, tuple[Callable[..., Any], str]]:
-    """The commands that plugins add to `llm-os`: name -> (function, help)."""
-    with closing(Plugins(config or Config())) as plugins:
-        return plugins.commands
+def commands(config: Config | None = None, plugin: str | None = None) -> dict[str, tuple[Callable[..., Any], str]]:
+    """The commands that plugins add to `llm-os`: name -> (function, help); those of one `plugin`, if it is named, and
+    then no other is imported."""
+    config = config or Config()
+    alone = config
+    if plugin is not None:
+        others = tuple(f"-{each.name}" for each in choose(()) if each.name != plugin)
+        alone = Config(plugins=(*others, plugin), options={plugin: config.options.get(plugin, {})})
+    with closing(Plugins(alone)) as plugins:
+        return plugins.commands(config)
 
 
 def enabled_plugins(config: Config | None = None) -> list[Manifest]:

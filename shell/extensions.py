@@ -15,7 +15,7 @@ def commands(known: Collection[str]) -> tuple[Commands, list[str]]:
     """name -> (function, help), and what went wrong, a line for each. `known` are the names that are taken.
 
     Only plugins in the settings file are asked, so that without any a command line costs nothing; only those whose
-    manifest says `register_commands` are imported, each in a small house of its own.
+    manifest says `register_commands` are imported, each for itself.
     """
     found: Commands = {}
     problems: list[str] = []
@@ -24,15 +24,13 @@ def commands(known: Collection[str]) -> tuple[Commands, list[str]]:
             return found, problems
         config = settings.config()
         enabled = llm_os.enabled_plugins(config)
-        defaults = tuple(f"-{each.name}" for each in llm_os.enabled_plugins())
     except (llm_os.Error, OSError) as error:
         return found, [str(error)]
     for manifest in enabled:
         if "register_commands" not in manifest.hooks:
             continue
-        alone = llm_os.Config(plugins=(*defaults, manifest.name), options=config.options)
         try:
-            added = llm_os.commands(alone)
+            added = llm_os.commands(config, manifest.name)
         except Exception as error:  # a plugin can fail in any way
             problems.append(str(error))
             continue

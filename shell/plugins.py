@@ -50,6 +50,9 @@ def list_plugins(*, json: Annotated[bool, FLAG] = False) -> None:
     for row in rows:
         if row["problem"]:
             say(f"llm-os: plugin {row['name']!r}: {row['problem']}")
+    for name in settings.read().get("options", {}):
+        if name not in {each.name for each in there}:
+            say(f"llm-os: {settings.path()} has options for a plugin {name!r}, which is not installed")
 
 
 def info(name: str, /, *, json: Annotated[bool, FLAG] = False) -> None:

@@ -34,10 +34,14 @@ def path() -> Path:
 
 
 def config(**options: Any) -> llm_os.Config:
-    """What the file says, and `options` of the command line. Raises ConfigError, OSError."""
+    """What the file says, and `options` of the command line. What plugins are told that are not enabled now is kept for
+    the day when they are. Raises ConfigError, OSError."""
     settings = read()
     if settings.get("plugins"):
         check(settings["plugins"])
+    if told := settings.get("options"):
+        enabled = {each.name for each in llm_os.enabled_plugins(llm_os.Config(plugins=settings.get("plugins", ())))}
+        settings["options"] = {name: told[name] for name in told if name in enabled}
     return llm_os.Config(**{**settings, **options})
 
 

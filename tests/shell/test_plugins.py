@@ -50,9 +50,11 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_every_kernel_of_the_command_line_has_what_the_settings_say(written: Path) -> None:
-    written.write_text('plugins = ["-persistence"]\npolicy = "fifo"\n[options.mine]\nloud = 11\n')
+    written.write_text('plugins = ["-persistence"]\npolicy = "fifo"\n[options.drivers]\nloud = 11\n')
     config = MachineOptions(driver="sim", memory="64MiB").config()
-    assert config.plugins == ("-persistence",) and config.policy == "fifo" and config.options == {"mine": {"loud": 11}}
+    assert (
+        config.plugins == ("-persistence",) and config.policy == "fifo" and config.options == {"drivers": {"loud": 11}}
+    )
     assert config.driver == "sim"
     assert "persistence" not in [manifest.name for manifest in llm_os.enabled_plugins(config)]
 
@@ -144,6 +146,15 @@ def test_an_enabled_plugin_that_is_gone_is_told_with_the_way_out(written: Path) 
         settings.config()
     assert plugins.disable("gone") == 0
     assert settings.config() == llm_os.Config()
+
+
+def test_options_of_a_plugin_that_is_not_enabled_wait_for_it(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written.write_text('plugins = ["-policies"]\n[options.policies]\na = 1\n[options.polices]\na = 1\n')
+    assert settings.config().options == {}
+    settings.write_plugins(())
+    assert settings.config().options == {"policies": {"a": 1}}
+    plugins.list_plugins()
+    assert "has options for a plugin 'polices', which is not installed" in capsys.readouterr().err
 
 
 # -- list, info, enable, disable ---------------------------------------------------------------------------------------
