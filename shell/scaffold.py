@@ -36,7 +36,7 @@ packages = ["{module}"]
 {module} = ["llm_os.toml"]
 
 [tool.pytest.ini_options]
-addopts = ["--import-mode=importlib"]
+addopts = ["-p", "llm_os.testing.plugin", "--import-mode=importlib"]
 """,
     "{module}/__init__.py": '"""A plugin for llm-os; the code is in plugin.py."""\n',
     "{module}/llm_os.toml": """\

@@ -311,7 +311,7 @@ def test_kernels_of_the_fixture_are_closed_at_the_end() -> None:
             kernel.stream(llm_os.Request(model="sim:a", prompt="x")).result()
 
 
-def test_the_fixtures_are_there_in_every_run(
+def test_a_kernel_and_the_core_in_virtual_time_answer_alike(
     llm_os_kernel: Callable[..., llm_os.Kernel], llm_os_machine: type[Machine]
 ) -> None:
     machine = llm_os_machine(policy="fifo")

@@ -46,20 +46,9 @@ def test_packages_that_are_begun_or_documented_pass_their_tests(
 ) -> None:
     """All in one run, in an environment where they are installed."""
     folders = [packages[name] / "tests" for name in ("just-begun", *EXAMPLES)]
+    options = ("-q", "-rA", "-W", "error", "-p", "llm_os.testing.plugin", "--import-mode=importlib")
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-rA",
-            "-W",
-            "error",
-            "--import-mode=importlib",
-            "-p",
-            "no:cacheprovider",
-        ]
-        + [str(folder) for folder in folders],
+        [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", *folders],
         cwd=tmp_path,
         env={"PYTHONPATH": str(site), "PATH": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
