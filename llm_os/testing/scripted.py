@@ -28,6 +28,7 @@ END, START = 256, 257
 _MARKS = {"<|im_end|>": END, "<|im_start|>": START}
 _TEXTS = {token: text.encode() for text, token in _MARKS.items()}
 _SPLIT = re.compile("(<\\|im_end\\|>|<\\|im_start\\|>)")
+_PIECES = (*(bytes([byte]) for byte in range(256)), b"", b"")
 _TURN = [START, *b"assistant\n"]
 
 Script = Callable[[str], str]
@@ -52,6 +53,9 @@ class ScriptedImage(Struct, frozen=True, kw_only=True):
             for part in _SPLIT.split(text)
             for token in ([_MARKS[part]] if part in _MARKS else part.encode(errors="replace"))
         ]
+
+    def token_bytes(self) -> Sequence[bytes]:
+        return _PIECES
 
     def decoder(self) -> ScriptedDecoder:
         return ScriptedDecoder()
@@ -88,7 +92,7 @@ class Scripted:
     def __init__(self, script: Script, total_bytes: int = 1 << 30) -> None:
         self._script = script
         self._total = total_bytes
-        self._answers: dict[bytes, bytes] = {}
+        self._answers: dict[tuple[int, ...], bytes] = {}
         self._placements: dict[str, Placement] = {}
         self._loaded: set[str] = set()
         self._pages: dict[tuple[str, int], list[int]] = {}
@@ -156,14 +160,17 @@ class Scripted:
         if rows.sample is None:
             return None
         end = rows.position + len(rows.tokens)
-        cells = [cell for page in rows.pages[: -(-end // size)] for cell in self._page(model, page)][:end]
+        cells: list[int] = []
+        for page in rows.pages[: -(-end // size)]:
+            cells += self._page(model, page)
+        del cells[end:]
         turn = next((at for at in range(len(cells) - 1, -1, -1) if cells[at : at + len(_TURN)] == _TURN), None)
         if turn is None:
             return Sampled(END)
-        before, said = _text(cells[:turn]), _text(cells[turn + len(_TURN) :])
+        before, said = tuple(cells[:turn]), _text(cells[turn + len(_TURN) :])
         answer = self._answers.get(before)
         if answer is None:
-            answer = self._answers[before] = self._script(before.decode(errors="replace")).encode()
+            answer = self._answers[before] = self._script(_text(before).decode(errors="replace")).encode()
         over = len(said) >= len(answer) or not answer.startswith(said)
         return Sampled(END if over else answer[len(said)])
 
@@ -176,7 +183,7 @@ class Scripted:
         return self._placements[model].page_tokens
 
 
-def _text(cells: list[int]) -> bytes:
+def _text(cells: Sequence[int]) -> bytes:
     return b"".join(_TEXTS.get(cell) or bytes([cell]) for cell in cells)
 
 

@@ -13,7 +13,11 @@ from llm_os.plugins.tools.parsers import FORMATS, MAX_CALLS, Call
 from llm_os.plugins.tools.turns import Turn
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
@@ -152,7 +156,9 @@ def test_arguments_may_be_written_as_a_string() -> None:
     assert pairs(calls) == [("f", {"a": 1})]
 
 
-@pytest.mark.parametrize("text", ['{"name": "Bob", "age": 7}', "{not JSON", "[1, 2]", '[{"name": "Bob"}]', "[a link](x)"])
+@pytest.mark.parametrize(
+    "text", ['{"name": "Bob", "age": 7}', "{not JSON", "[1, 2]", '[{"name": "Bob"}]', "[a link](x)"]
+)
 def test_json_that_is_no_call_is_an_answer(text: str) -> None:
     for format in ("llama3", "mistral"):
         assert FORMATS[format].parse(text) == (text, [])

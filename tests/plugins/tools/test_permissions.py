@@ -95,7 +95,7 @@ def test_what_is_always_allowed_survives_the_program(tmp_path: Path) -> None:
 def test_a_file_that_is_damaged_allows_nothing(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "granted.json"
     file.write_bytes(content)
-    with pytest.raises(llm_os.ConfigError, match="granted.json: what tools may do cannot be read"):
+    with pytest.raises(llm_os.ConfigError, match=r"granted\.json: what tools may do cannot be read"):
         Permissions(file=file)
 
 

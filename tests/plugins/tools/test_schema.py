@@ -14,7 +14,7 @@ import pytest
 import llm_os
 from llm_os.plugins.tools import make_tool
 from llm_os.plugins.tools.examples import CALCULATOR, CLOCK
-from llm_os.plugins.tools.schema import defused, definition
+from llm_os.plugins.tools.schema import definition, defused
 from llm_os.plugins.tools.validate import Misfit, check
 from llm_os.testing import ToolConformance
 
@@ -232,7 +232,7 @@ def test_the_calculator_calculates(expression: str, result: str) -> None:
     ],
 )
 def test_the_calculator_does_nothing_else(expression: str) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises((ValueError, TypeError)):
         CALCULATOR.call({"expression": expression})
 
 

@@ -78,8 +78,9 @@ MISTRAL = """{{- bos_token }}{%- set ns = namespace() %}{%- set ns.index = 0 %}
 {{- raise_exception("Tool call IDs should be alphanumeric strings with length 9!") }}{%- endif %}
 {{- '"call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}{%- endif %}{%- endfor %}"""
 
-SMOLLM = """{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}
-{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+SMOLLM = """{% for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 SPECIAL = {
     "hermes": ("<|im_start|>", "<|im_end|>"),
@@ -219,14 +220,14 @@ def test_a_template_that_takes_no_tools_is_told_of_them_in_words() -> None:
         {"role": "tool", "content": "sunny"},
     ]
     assert template.render(history, TOOLS).endswith(
-        '<|im_start|>assistant\n<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call><|im_end|>\n'
-        "<|im_start|>user\n<tool_response>\nsunny\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+        '<|im_start|>assistant\n<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
+        "<|im_end|>\n<|im_start|>user\n<tool_response>\nsunny\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 def test_a_template_without_system_messages_is_told_in_the_first_message() -> None:
     source = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "<{{ m.role }}>{{ m.content }}{% endfor %}"
     )
     text = ChatTemplate(source, bos="", eos="", file="gemma").render(MESSAGES, TOOLS)
@@ -262,7 +263,7 @@ def test_smollm2_reads_what_a_tool_says_as_text(smollm2: Path) -> None:
 def test_smollm2_goes_on_as_if_it_had_never_been_held(smollm2: Path) -> None:
     """The turns of a held process are those of one that is given the whole conversation as it stands."""
     model = str(smollm2)
-    sampling = llm_os.Sampling(max_tokens=64, temperature=0)
+    sampling = llm_os.Sampling(max_tokens=32, temperature=0)
     question = [{"role": "user", "content": "Say hello in one word."}]
     config = llm_os.Config(driver="cpu", precision="exact", memory="800MiB", threads=1)
 
@@ -289,7 +290,7 @@ def test_smollm2_goes_on_as_if_it_had_never_been_held(smollm2: Path) -> None:
             again = llm_os.Request(
                 model=model,
                 prompt=[*prompt, *heard[:first], *gift],
-                sampling=llm_os.Sampling(max_tokens=64 - first, temperature=0),
+                sampling=llm_os.Sampling(max_tokens=32 - first, temperature=0),
                 tenant="somebody else",
             )
             alone = await kernel.generate(again)
