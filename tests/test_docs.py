@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 import llm_os
+import llm_os.testing
 from llm_os.kernel import hookspecs
+from llm_os.shell import cli
+from llm_os.testing import plugin
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -54,3 +57,16 @@ def test_the_example_in_the_readme_runs(smollm2: Path) -> None:
 def test_decisions_are_numbered_without_gaps() -> None:
     numbers = sorted(int(path.name[:4]) for path in (ROOT / "docs" / "decisions").glob("*.md"))
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_every_command_stands_in_the_readme() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert [name for name in cli.app if not name.startswith("-") and f"llm-os {name} " not in page] == []
+
+
+def test_every_suite_and_fixture_for_plugin_authors_stands_in_the_docs() -> None:
+    page = (ROOT / "docs" / "write-a-plugin.md").read_text()
+    fixtures = [name for name in vars(plugin) if name.startswith("llm_os_")]
+    suites = [name for name in llm_os.testing.__all__ if name.endswith("Conformance")]
+    assert len(fixtures) >= 2 and len(suites) >= 6
+    assert [name for name in (*fixtures, *suites) if f"`{name}" not in page] == []
