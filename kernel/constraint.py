@@ -13,6 +13,7 @@ from functools import partial
 
 from msgspec import Struct
 
+from llm_os.kernel.driver import Row, RowError, Sample, Sampled
 from llm_os.kernel.errors import RequestError
 from llm_os.kernel.grammar import Language, Matcher
 from llm_os.kernel.image import Image
@@ -67,6 +68,7 @@ class AnswerMask:
         self._constraint = constraint
         self._answer = answer
         self._wait: Work | None = None
+        self._bits = b""
 
     def begin(self) -> None:
         if self._wait is None:
@@ -75,4 +77,16 @@ class AnswerMask:
     def bits(self) -> bytes:
         self.begin()
         assert self._wait is not None
-        return self._wait()
+        self._bits = self._wait()
+        return self._bits
+
+    def allows(self, token: int) -> bool:
+        return 0 <= token < 8 * len(self._bits) and bool(self._bits[token >> 3] >> (token & 7) & 1)
+
+
+def obeyed(sample: Sample | None, row: Row) -> Row:
+    """The row, or an error where a driver chose against the mask, or without it."""
+    mask = None if sample is None else sample.mask
+    if mask is not None and isinstance(row, Sampled) and not mask.allows(row.token):
+        return RowError("the driver chose a token that the grammar does not allow; it may not know Sample.mask")
+    return row

@@ -15,6 +15,7 @@ from llm_os.kernel import events as ev
 from llm_os.kernel.accounting import Accounting
 from llm_os.kernel.compiling import Compiling
 from llm_os.kernel.config import Config
+from llm_os.kernel.constraint import obeyed
 from llm_os.kernel.deadlines import Deadlines
 from llm_os.kernel.driver import Batch, Row, RowError, Sampled
 from llm_os.kernel.errors import Closed, DriverError, Error, ModelError, Refused, RequestError, as_error
@@ -250,7 +251,7 @@ class Processes:
             if error is not None:
                 self.fail(process, as_error(error, DriverError))
             else:
-                self._advance(process, len(fed.tokens), rows[index], fed.sample is not None)
+                self._advance(process, len(fed.tokens), obeyed(fed.sample, rows[index]), fed.sample is not None)
 
     def _advance(self, process: Process, fed: int, row: Row, sampled: bool) -> None:
         """Its KV has grown, and there may be one more token of the answer, or the end of it."""

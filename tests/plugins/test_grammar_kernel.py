@@ -178,6 +178,22 @@ def test_each_turn_of_a_held_process_is_an_answer_of_its_own(kernel: llm_os.Kern
     assert re.fullmatch("[a-f]{5}[0-9][a-f]{5}[0-9]", anyio.run(two_turns))
 
 
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_driver_that_does_not_obey_a_mask_cannot_answer_under_a_grammar(
+    monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    def choose(digest: int, sample: Sample, end_after: int) -> int:
+        if asks and sample.mask is not None:
+            sample.mask.bits()
+        return ord("!")
+
+    monkeypatch.setattr("llm_os.drivers.sim.choose", choose)
+    with boot() as kernel:
+        with pytest.raises(llm_os.DriverError, match="chose a token that the grammar does not allow"):
+            anyio.run(kernel.generate, ask())
+        assert answer(kernel, ask(None, sampling={"max_tokens": 3}))[0].text == "!!!"
+
+
 def test_a_grammar_that_is_wrong_ends_its_request_only(kernel: llm_os.Kernel) -> None:
     with pytest.raises(llm_os.RequestError, match="the regular expression cannot be used: unclosed group"):
         anyio.run(kernel.generate, ask("(a"))
