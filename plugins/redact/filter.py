@@ -34,7 +34,7 @@ class Redaction:
             raise RequestError(
                 "the prompt is token ids, which the plugin 'redact' cannot read; send it as text, or as messages"
             )
-        conversation = _Conversation(self._finder, self._chosen.max_characters)
+        conversation = _Conversation(self._finder, self._chosen.limit)
         changes: dict[str, Any] = {}
         if tools := getattr(request, "tools", ()):
             changes["tools"] = tuple(conversation.redact(tools))

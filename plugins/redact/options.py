@@ -26,7 +26,13 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     patterns: dict[str, str] = {}  # kinds of the operator's own: {"STAFF_ID": r"\bE\d{6}\b"}
     answers: bool = False  # also redact personal data that the model writes of its own accord
     recognizer: Literal["patterns", "presidio"] = "patterns"  # presidio: both
-    max_characters: int = 500_000  # of one request; more is refused
+    max_characters: int | None = None  # of one request, more is refused; None is 500,000, or 50,000 with presidio
+
+    @property
+    def limit(self) -> int:
+        if self.max_characters is not None:
+            return self.max_characters
+        return 50_000 if self.recognizer == "presidio" else 500_000
 
 
 def read(options: Mapping[str, Any]) -> Options:
@@ -39,7 +45,7 @@ def read(options: Mapping[str, Any]) -> Options:
         raise ConfigError(f"options.redact.kinds has {unknown[0]!r}; there are: {', '.join(KINDS)}")
     if len(read.allow) > MAX_ALLOWED:
         raise ConfigError(f"options.redact.allow has {len(read.allow)} values; the limit is {MAX_ALLOWED}")
-    if not 1 <= read.max_characters <= 2**31:
+    if not 1 <= read.limit <= 2**31:
         raise ConfigError(f"options.redact.max_characters is {read.max_characters}; it must be from 1 to {2**31}")
     return read
 
