@@ -81,12 +81,13 @@ class AnswerMask:
         return self._bits
 
     def allows(self, token: int) -> bool:
+        """Whether the token is among `bits`. Never, where nobody has asked for them."""
         return 0 <= token < 8 * len(self._bits) and bool(self._bits[token >> 3] >> (token & 7) & 1)
 
 
 def obeyed(sample: Sample | None, row: Row) -> Row:
     """The row, or an error where a driver chose against the mask, or without it."""
     mask = None if sample is None else sample.mask
-    if mask is not None and isinstance(row, Sampled) and not mask.allows(row.token):
+    if isinstance(mask, AnswerMask) and isinstance(row, Sampled) and not mask.allows(row.token):
         return RowError("the driver chose a token that the grammar does not allow; it may not know Sample.mask")
     return row

@@ -82,10 +82,6 @@ class Mask(Protocol):
         """
         ...
 
-    def allows(self, token: int) -> bool:
-        """Whether the token is among `bits`, which has been called. The kernel asks for each that a driver chose."""
-        ...
-
 
 class Sample(Struct, frozen=True, kw_only=True):
     """How to choose the next token of one row. The driver has no random state: `uniform` is the randomness."""

@@ -28,9 +28,6 @@ class Only:
             raise self._error
         return self._bits
 
-    def allows(self, token: int) -> bool:
-        return False
-
 
 def choose(mask: Only | None, logits: torch.Tensor = LOGITS, **fields: object) -> Sampled | RowError:
     (row,) = sample(logits, [Sample(**{"uniform": 0.5, "mask": mask, **fields})])
