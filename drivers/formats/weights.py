@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-_PART_VALUES = 1 << 22  # values that `quantized` has as float32 at a time
+_PART_VALUES = 1 << 20  # values that `quantized` has as float32 at a time
 
 
 class WeightTensor(Struct, frozen=True, kw_only=True):
@@ -37,7 +37,7 @@ class WeightTensor(Struct, frozen=True, kw_only=True):
     def quantized(self, kind: str) -> WeightTensor:
         """The tensor in another type: "INT8_ROW", "INT8_ROW_H64" (drivers/formats/integer_rows.py) or "Q4_1".
 
-        A few million values at a time. Raises Unsupported for another type, or where the rows do not fit it.
+        A million values at a time. Raises Unsupported for another type, or where the rows do not fit it.
         """
         from llm_os.drivers.formats.quants import dequantize, held_row_bytes, quantize
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from llm_os.drivers.formats.architecture import Architecture
 from llm_os.drivers.formats.weights import Weights
 from llm_os.drivers.torch.attention import BLOCK, SPAN, TILE
@@ -17,29 +19,40 @@ def measure(
 ) -> Footprint:
     """Extents are the embedding, each layer, and the last norm with the head. Reads no matrix's contents."""
     a = architecture
+    layers = [_matrices(a, weights, index) for index in range(len(a.layers))]
     name = head_name(a, weights, format)
-    head = a.hidden * 4 + (0 if name is None else format.nbytes(weights, [name], a.vocab_size, a.hidden))
-    layers = (_layer(a, weights, index, format) for index in range(len(a.layers)))
+    head = [] if name is None else [_Matrix([name], a.vocab_size, a.hidden)]
+    largest = max(format.kept_bytes(weights, *each) for matrices in (*layers, head) for each in matrices)
+    vectors = 4 * ((4 if a.post_norms else 2) * a.hidden + ((a.heads + a.kv_heads) * a.head_dim if a.qk_norm else 0))
+    if a.qkv_bias:
+        vectors += 4 * (a.heads + 2 * a.kv_heads) * a.head_dim
     return Footprint(
-        extents=(embedding_bytes(weights, format), *layers, head),
+        extents=(
+            embedding_bytes(weights, format),
+            *(sum(format.nbytes(weights, *each) for each in matrices) + vectors for matrices in layers),
+            sum(format.nbytes(weights, *each) for each in head) + 4 * a.hidden,
+        ),
         kv_bytes_per_token=len(a.layers) * 2 * a.kv_heads * a.head_dim * 4,
-        workspace=max(_forward(a, format, batch_tokens), 3 * PART_BYTES),
+        workspace=max(_forward(a, format, batch_tokens), 3 * PART_BYTES + largest),
         page_tokens=page_tokens,
     )
 
 
-def _layer(a: Architecture, weights: Weights, index: int, format: Format) -> int:
-    qkv = (a.heads + 2 * a.kv_heads) * a.head_dim
+class _Matrix(NamedTuple):
+    names: list[str]
+    rows: int
+    columns: int
+
+
+def _matrices(a: Architecture, weights: Weights, index: int) -> list[_Matrix]:
     shapes = {
-        "qkv": (qkv, a.hidden),
+        "qkv": ((a.heads + 2 * a.kv_heads) * a.head_dim, a.hidden),
         "output": (a.hidden, a.heads * a.head_dim),
         "gate_up": (2 * a.intermediate, a.hidden),
         "down": (a.hidden, a.intermediate),
     }
     names = layer_matrices(weights, index)
-    matrices = sum(format.nbytes(weights, names[each], *shape) for each, shape in shapes.items())
-    norms = (4 if a.post_norms else 2) * a.hidden + ((a.heads + a.kv_heads) * a.head_dim if a.qk_norm else 0)
-    return matrices + 4 * (norms + (qkv if a.qkv_bias else 0))
+    return [_Matrix(names[each], *shape) for each, shape in shapes.items()]
 
 
 def _forward(a: Architecture, format: Format, batch_tokens: int) -> int:

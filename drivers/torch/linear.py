@@ -10,8 +10,8 @@ Matrices are held as float32 (or bfloat16), whatever the file's type, unless a p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from llm_os.drivers.torch.quantized import (
 from llm_os.drivers.torch.rows import by_tiles
 
 PART_BYTES = 32 << 20  # of float32 values dequantized at a time while loading
+Array = NDArray[Any]
 
 
 class Linear(Protocol):
@@ -95,18 +96,18 @@ def _multiply_packed(x: Tensor, weight: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
 
 
-def _row_parts(tensors: list[WeightTensor]) -> Iterator[Tensor]:
-    """The rows of all `tensors` in order, dequantized, at most PART_BYTES (but 64 rows) at a time."""
-    columns = tensors[0].shape[1]
-    limit = max(1, PART_BYTES // (columns * 4 * 64)) * 64
-    pending: list[NDArray[np.float32]] = []
+def _row_parts(tensors: list[WeightTensor], row_bytes: int, take: Callable[[WeightTensor], Array]) -> Iterator[Tensor]:
+    """What `take` makes of the rows of all `tensors` in order, `row_bytes` each; at most PART_BYTES (but 64 rows) at a
+    time."""
+    limit = max(1, PART_BYTES // (row_bytes * 64)) * 64
+    pending: list[Array] = []
     count = 0
     for tensor in tensors:
         start = 0
         while start < tensor.shape[0]:
             stop = min(tensor.shape[0], start + limit - count)
-            piece = structs.replace(tensor, data=tensor.data[start:stop], shape=(stop - start, columns))
-            pending.append(piece.float32())
+            piece = structs.replace(tensor, data=tensor.data[start:stop], shape=(stop - start, tensor.shape[1]))
+            pending.append(take(piece))
             count += stop - start
             start = stop
             if count == limit:
@@ -114,6 +115,15 @@ def _row_parts(tensors: list[WeightTensor]) -> Iterator[Tensor]:
                 pending, count = [], 0
     if pending:
         yield torch.from_numpy(pending[0] if len(pending) == 1 else np.concatenate(pending))
+
+
+def _dequantized(tensors: list[WeightTensor]) -> Iterator[Tensor]:
+    return _row_parts(tensors, tensors[0].shape[1] * 4, WeightTensor.float32)
+
+
+def _as_they_are(tensors: list[WeightTensor]) -> Iterator[Tensor]:
+    """Bytes, copied: no view of the file outlives the load."""
+    return _row_parts(tensors, tensors[0].data.shape[1], lambda piece: piece.data.copy())
 
 
 class Format(Struct, frozen=True):
@@ -133,9 +143,9 @@ class Format(Struct, frozen=True):
         rows, columns = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
         kind = _kept(weights, names)
         if kind is not None:
-            return self._held([tensor.data for tensor in tensors], kind, columns)
+            return self._held(tensors, kind, rows, columns)
         if self.packed and PackedLinear.fits(rows, columns):
-            return PackedLinear((part.to(self.dtype) for part in _row_parts(tensors)), self.tile)
+            return PackedLinear((part.to(self.dtype) for part in _dequantized(tensors)), self.tile)
         return DenseLinear(self.dense(tensors), self.tile)
 
     def dense(self, tensors: list[WeightTensor]) -> Tensor:
@@ -143,7 +153,7 @@ class Format(Struct, frozen=True):
         rows = sum(tensor.shape[0] for tensor in tensors)
         weight = torch.empty(rows, tensors[0].shape[1], dtype=self.dtype, device=self.device)
         filled = 0
-        for part in _row_parts(tensors):
+        for part in _dequantized(tensors):
             weight[filled : filled + len(part)] = part
             filled += len(part)
         return weight
@@ -155,15 +165,22 @@ class Format(Struct, frozen=True):
             return rows * columns * self.dtype.itemsize
         return held_bytes(choose_way(kind, rows, columns, self.integers, self.int4), kind, rows, columns)
 
-    def _held(self, parts: list[NDArray[np.uint8]], kind: str, columns: int) -> Linear:
-        data = np.concatenate(parts)  # a copy, so that no view of the file outlives the load
-        way = choose_way(kind, len(data), columns, self.integers, self.int4)
+    def kept_bytes(self, weights: Weights, names: list[str], rows: int, columns: int) -> int:
+        """What `linear` has besides, while it loads: the matrix as a pass made it. 0 where the file has it."""
+        return 0 if _kept(weights, names) is None else self.nbytes(weights, names, rows, columns)
+
+    def _held(self, tensors: list[WeightTensor], kind: str, rows: int, columns: int) -> Linear:
+        way = choose_way(kind, rows, columns, self.integers, self.int4)
         if way == "int4":
-            return Int4Linear(data, columns)
-        if way == "unpacked":
-            held = torch.from_numpy(data).to(self.device)
-            return UnpackedLinear(held, kind, columns, self.tile, self.dtype)
-        return IntegerLinear(data, kind, way)
+            return Int4Linear(_as_they_are(tensors), columns)
+        if way != "unpacked":
+            return IntegerLinear(_as_they_are(tensors), kind, way)
+        data = torch.empty(rows, tensors[0].data.shape[1], dtype=torch.uint8, device=self.device)
+        filled = 0
+        for part in _as_they_are(tensors):
+            data[filled : filled + len(part)] = part
+            filled += len(part)
+        return UnpackedLinear(data, kind, columns, self.tile, self.dtype)
 
 
 def _kept(weights: Weights, names: list[str]) -> str | None:

@@ -14,12 +14,12 @@ Four ways to multiply, chosen when a matrix is loaded; each gives a row the same
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -56,42 +56,67 @@ def held_bytes(way: Way, kind: str, rows: int, columns: int) -> int:
 class IntegerLinear:
     """8-bit rows times rows that are quantized to 8 bits, each with a scale of its own. For "onednn" and "emulated"."""
 
-    def __init__(self, data: NDArray[np.uint8], kind: str, way: Way) -> None:
-        held = torch.from_numpy(data)
-        self._rotation = rotation(kind, held.device)
-        self._scales = held[:, :4].contiguous().view(torch.float32).view(-1)
-        codes = held[:, 4:].view(torch.int8).contiguous()
-        self._offsets = 128 * codes.sum(1, dtype=torch.int32).float()  # exact: multiples of 128 below 2**31
-        self._packed = way == "onednn"
-        if self._packed:
-            self._offsets *= self._scales
-        self._codes = torch.ops.onednn.qlinear_prepack(codes, None) if self._packed else codes
+    def __init__(self, parts: Iterable[Tensor], kind: str, way: Way) -> None:
+        """`parts` are consecutive rows, as bytes. Each is packed on its own, so that no second copy of a large matrix
+        is ever held."""
+        self._rotation = rotation(kind, torch.device("cpu"))
+        part = _PackedIntegers if way == "onednn" else _PlainIntegers
+        self._parts = [part(rows) for rows in parts]
 
     @property
     def nbytes(self) -> int:
-        codes = int(torch.ops.mkldnn._nbytes(self._codes)) if self._packed else self._codes.nbytes
-        return codes + self._scales.nbytes + self._offsets.nbytes
+        return sum(part.nbytes for part in self._parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = rotate(x, self._rotation)
         scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min_(1e-30)
         codes = (x / scale).add_(128.5).to(torch.uint8)  # rounded, and from 1 to 255
-        product = self._multiply_packed(codes) if self._packed else self._multiply_exactly(codes)
-        return product.mul_(scale)
+        return _joined([part(codes) for part in self._parts]).mul_(scale)
 
-    def _multiply_packed(self, codes: Tensor) -> Tensor:
-        """Activations, stored as `codes` 1 to 255, times the matrix."""
+
+def _split(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales, integers, and 128 times the integers' sums, of rows of bytes."""
+    codes = rows[:, 4:].view(torch.int8).contiguous()
+    sums = torch.empty(len(codes))
+    for start, stop in _pieces(*codes.shape):  # torch widens what it sums first
+        sums[start:stop] = codes[start:stop].sum(1, dtype=torch.int32)
+    return rows[:, :4].contiguous().view(torch.float32).view(-1), codes, 128 * sums  # exact: below 2**31
+
+
+class _PackedIntegers:
+    """Some rows of an IntegerLinear, in oneDNN's layout. Takes activations as 1 to 255, for -127 to 127."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._scales, codes, sums = _split(rows)
+        self._offsets = sums * self._scales
+        self._codes = torch.ops.onednn.qlinear_prepack(codes, None)
+
+    @property
+    def nbytes(self) -> int:
+        return int(torch.ops.mkldnn._nbytes(self._codes)) + self._scales.nbytes + self._offsets.nbytes
+
+    def __call__(self, codes: Tensor) -> Tensor:
         weight = (self._codes, self._scales, _no_zero_point())
         multiply = torch.ops.onednn.qlinear_pointwise
         product: Tensor = multiply(codes, 1.0, 0, *weight, None, 1.0, 0, torch.float32, "none", [], "")
         return product.sub_(self._offsets)
 
-    def _multiply_exactly(self, codes: Tensor) -> Tensor:
-        """The same bits."""
+
+class _PlainIntegers:
+    """The same, with the same bits, in products of float32."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._scales, self._codes, self._offsets = _split(rows)
+
+    @property
+    def nbytes(self) -> int:
+        return self._codes.nbytes + self._scales.nbytes + self._offsets.nbytes
+
+    def __call__(self, codes: Tensor) -> Tensor:
         rows, columns = self._codes.shape
         signed = codes.float() - 128
         product = signed.new_empty(len(codes), rows)
-        for start, stop in _parts(rows, columns):
+        for start, stop in _pieces(rows, columns):
             total: Tensor | None = None
             for first in range(0, columns, _EXACT):
                 weight = self._codes[start:stop, first : first + _EXACT].float()
@@ -107,13 +132,9 @@ class IntegerLinear:
 class Int4Linear:
     """Q4_1 in torch's layout for 4-bit weights: scales become bfloat16, the integers stay. For "int4"."""
 
-    def __init__(self, data: NDArray[np.uint8], columns: int) -> None:
-        self._parts: list[tuple[Tensor, Tensor]] = []
-        for start, stop in _parts(len(data), columns):
-            steps, starts, codes = _groups(torch.from_numpy(data[start:stop]))
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int().view(-1, columns), 1)
-            scales = torch.cat([steps, starts + 8 * steps], dim=-1).transpose(0, 1)
-            self._parts.append((packed, scales.to(torch.bfloat16).contiguous()))
+    def __init__(self, parts: Iterable[Tensor], columns: int) -> None:
+        """`parts` as for IntegerLinear."""
+        self._parts = [_pack_int4(rows, columns) for rows in parts]
 
     @property
     def nbytes(self) -> int:
@@ -122,8 +143,18 @@ class Int4Linear:
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(torch.bfloat16)
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        products = [multiply(x, packed, _GROUP, scales) for packed, scales in self._parts]
-        return (products[0] if len(products) == 1 else torch.cat(products, dim=1)).float()
+        return _joined([multiply(x, packed, _GROUP, scales) for packed, scales in self._parts]).float()
+
+
+def _pack_int4(rows: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    packed = rows.new_empty(len(rows), columns // 2)
+    scales = torch.empty(columns // _GROUP, len(rows), 2, dtype=torch.bfloat16)
+    for start, stop in _pieces(len(rows), columns):  # torch packs from 32-bit integers, 64 rows by themselves
+        steps, starts, codes = _groups(rows[start:stop])
+        whole = codes.int().view(-1, columns)
+        packed[start:stop] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
+        scales[:, start:stop] = torch.cat([steps, starts + 8 * steps], dim=-1).transpose(0, 1)
+    return packed, scales
 
 
 class UnpackedLinear:
@@ -144,10 +175,10 @@ class UnpackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         x = rotate(x, self._rotation).to(self._dtype)
         products = []
-        for start, stop in _parts(len(self._data), self._columns):
+        for start, stop in _pieces(len(self._data), self._columns):
             weight = self._values(self._data[start:stop]).to(self._dtype)
             products.append(by_tiles(functional.linear, x, weight, self._tile))
-        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        return _joined(products)
 
     def _values(self, data: Tensor) -> Tensor:
         """float32 values of some rows, rotated if the type is."""
@@ -179,7 +210,11 @@ def _no_zero_point() -> Tensor:
     return torch.zeros(1, dtype=torch.int8)
 
 
-def _parts(rows: int, columns: int) -> list[tuple[int, int]]:
+def _joined(products: list[Tensor]) -> Tensor:
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+
+def _pieces(rows: int, columns: int) -> list[tuple[int, int]]:
     """Rows that are unpacked together, a multiple of 64 each but the last."""
     step = max(1, UNPACKED_BYTES // (columns * 4 * 64)) * 64
     return [(start, min(rows, start + step)) for start in range(0, rows, step)]
@@ -208,7 +243,8 @@ def probe_integers() -> Way:
         x = torch.linspace(-127, 127, 40 * 1088).view(40, 1088)
         x[7:33] = 127.0 - torch.arange(26)[:, None]  # sums above 2**24
         with torch.inference_mode():
-            quick, exact = (IntegerLinear(rows, "INT8_ROW", way) for way in ("onednn", "emulated"))
+            whole = torch.from_numpy(rows)
+            quick, exact = (IntegerLinear([whole], "INT8_ROW", way) for way in ("onednn", "emulated"))
             same = all(torch.equal(quick(x[i : i + n]), exact(x)[i : i + n]) for i, n in ((0, 40), (7, 1), (5, 16)))
         return "onednn" if same else "emulated"
     except (AttributeError, RuntimeError):  # this torch has no such product
@@ -225,7 +261,7 @@ def probe_int4() -> bool:
         rows = numbers.integers(0, 256, (128, 256 // _GROUP * _GROUP_BYTES), np.uint8)
         rows.reshape(-1, _GROUP_BYTES)[:, :4] = np.array([0.02, -0.15], "<f2").view(np.uint8)
         x = torch.from_numpy(numbers.standard_normal((70, 256)).astype(np.float32))
-        linear = Int4Linear(rows, 256)
+        linear = Int4Linear([torch.from_numpy(rows)], 256)
         with torch.inference_mode():
             together = linear(x)
             for count in (1, 2, 3, 5, 8, 16, 17, 33):

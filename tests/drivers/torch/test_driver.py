@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from llm_os.drivers.cpu import open_cpu
+from llm_os.drivers.formats.changed import change_weights
 from llm_os.drivers.formats.image import open_image
 from llm_os.kernel.config import Config
 from llm_os.kernel.driver import Batch, Move, Placement, RowError, Sample, Sequence
-from llm_os.kernel.errors import Closed, DriverError, FormatError, Unsupported
+from llm_os.kernel.errors import Closed, DriverError, FormatError, PluginError, Unsupported
 
 GREEDY = Sample(uniform=0.0)
 REFERENCE = Path(__file__).parents[2] / "data" / "smollm2_reference.json"
@@ -264,3 +265,14 @@ def test_the_tensors_of_a_device_embedding_are_shared_with_a_tied_head(architect
     held = 4 * sum(weights[name].float32().size for name in weights.names())
     extra = 4 * len(architecture.layers) * (architecture.heads + architecture.kv_heads - 2) * architecture.head_dim
     assert decoder.nbytes == held + (extra if architecture.qk_norm else 0)
+
+
+def test_reading_ahead_does_not_do_the_work_of_a_pass(driver, image):
+    def never(tensor):
+        raise AssertionError("changed before it was needed")
+
+    image.weights = change_weights(image, never).weights
+    driver.prefetch("m", image).result()
+    with pytest.raises(PluginError, match=r"tiny: the pass failed at tensor .*changed before it was needed"):
+        driver.load("m", image, place()).result()
+    assert driver.memory().weights == 0

@@ -26,6 +26,11 @@ def matrix(rows, columns):
     return values
 
 
+def parts(data):
+    """As loading gives a large matrix: in several parts."""
+    return torch.from_numpy(data).split(64)
+
+
 def inputs(rows, columns):
     numbers = torch.Generator().manual_seed(rows)
     return rms_norm(torch.randn(rows, columns, generator=numbers) ** 3, torch.ones(columns), 1e-5)
@@ -49,7 +54,7 @@ def test_emulated_integers_give_the_bits_of_the_processors(shape, kind):
     data[: shape[0] // 2, 4:] &= 127
     x[5] = 0
     x[6] = 1e30 * torch.sign(x[6])  # every activation at its limit
-    onednn, emulated = (IntegerLinear(data, kind, way) for way in ("onednn", "emulated"))
+    onednn, emulated = (IntegerLinear(parts(data), kind, way) for way in ("onednn", "emulated"))
     x[8:20] = x[8:20].abs()
     answer = emulated(x)
     assert not answer[5].any()
@@ -61,8 +66,8 @@ def test_the_largest_integers_do_not_overflow():
     data = quantize(np.ones((64, 2048), np.float32), "INT8_ROW")
     x = torch.ones(3, 2048)
     for way in {"emulated", quantized.probe_integers()}:
-        assert torch.equal(IntegerLinear(data, "INT8_ROW", way)(x), torch.full((3, 64), 2048.0))
-        assert torch.equal(IntegerLinear(data, "INT8_ROW", way)(-x), torch.full((3, 64), -2048.0))
+        assert torch.equal(IntegerLinear(parts(data), "INT8_ROW", way)(x), torch.full((3, 64), 2048.0))
+        assert torch.equal(IntegerLinear(parts(data), "INT8_ROW", way)(-x), torch.full((3, 64), -2048.0))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (100, 192), (33, 64)])
@@ -71,7 +76,7 @@ def test_integer_products_differ_from_float_ones_only_by_the_rounding_of_activat
     errors = {}
     for kind in ("INT8_ROW", "INT8_ROW_H64"):
         data = quantize(matrix(*shape), kind)
-        errors[kind] = error(IntegerLinear(data, kind, "emulated")(x), expected(data, kind, x))
+        errors[kind] = error(IntegerLinear(parts(data), kind, "emulated")(x), expected(data, kind, x))
     assert errors["INT8_ROW"] < 0.1
     assert errors["INT8_ROW_H64"] < 0.02  # without outliers 8 bits are finer
 
@@ -91,7 +96,7 @@ def test_unpacked_products_are_those_of_the_dequantized_values(kind, shape, dtyp
 def test_int4_products_are_near_those_of_the_dequantized_values(shape):
     data = quantize(matrix(*shape), "Q4_1")
     x = inputs(20, shape[1])
-    linear = Int4Linear(data, shape[1])
+    linear = Int4Linear(parts(data), shape[1])
     assert error(linear(x), expected(data, "Q4_1", x)) < 0.01
 
 
@@ -103,11 +108,11 @@ def test_every_way_holds_the_bytes_that_it_says(kind, integers, four):
         data = quantize(matrix(rows, columns), kind)
         way = choose_way(kind, rows, columns, integers, four)
         if way == "int4":
-            linear = Int4Linear(data, columns)
+            linear = Int4Linear(parts(data), columns)
         elif way == "unpacked":
             linear = UnpackedLinear(torch.from_numpy(data), kind, columns, 16, torch.float32)
         else:
-            linear = IntegerLinear(data, kind, way)
+            linear = IntegerLinear(parts(data), kind, way)
         assert linear.nbytes == held_bytes(way, kind, rows, columns)
         assert linear.nbytes < 0.3 * rows * columns * 4
 
@@ -122,7 +127,7 @@ def test_a_processor_whose_integer_products_overflow_is_not_used(monkeypatch):
     weight = torch.full((64, 1088), 127.0)
     weight[::2] = torch.arange(1088, dtype=torch.uint8).view(torch.int8)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
-    monkeypatch.setattr(IntegerLinear, "_multiply_packed", multiply)
+    monkeypatch.setattr(quantized._PackedIntegers, "__call__", multiply)
     assert quantized.probe_integers.__wrapped__() == "emulated"
 
 
