@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
 from cyclopts import Parameter
@@ -13,9 +13,12 @@ import llm_os
 from llm_os.shell import signals
 from llm_os.shell.answer import Answer, boot, checked, state, stream
 from llm_os.shell.line_input import open_input
-from llm_os.shell.options import ANSWER, MachineOptions, SamplingOptions
+from llm_os.shell.options import ANSWER, TOOL, MachineOptions, SamplingOptions
 from llm_os.shell.progress import Waiting, fetch
 from llm_os.shell.stdio import say
+
+if TYPE_CHECKING:
+    from llm_os.shell.tools import Tools
 
 _HELP = (
     "/set NAME VALUE   change how answers are sampled: /set temperature 0",
@@ -33,6 +36,7 @@ def chat(
     /,
     *,
     system: Annotated[str | None, Parameter(group=ANSWER)] = None,
+    tool: TOOL = (),
     sampling: SamplingOptions | None = None,
     machine: MachineOptions | None = None,
 ) -> None:
@@ -44,6 +48,8 @@ def chat(
         As for llm-os run.
     system
         A message that tells the model how to behave.
+    tool
+        Let the model use it: module:function, or the name of a plugin's tool. You are asked before it runs.
     """
     options, config = sampling or SamplingOptions(), (machine or MachineOptions()).config()
     options.sampling()
@@ -52,7 +58,7 @@ def chat(
         waiting.describe = lambda: state(kernel, model)
         anyio.run(kernel.load, model)
         waiting.stop()
-        _converse(Conversation(kernel, model, options, system))
+        _converse(Conversation(kernel, model, options, system, tool))
 
 
 def _converse(conversation: Conversation) -> None:
@@ -76,7 +82,14 @@ def _converse(conversation: Conversation) -> None:
 class Conversation:
     """What was said so far, and how the next answer is sampled."""
 
-    def __init__(self, kernel: llm_os.Kernel, model: str, options: SamplingOptions, system: str | None) -> None:
+    def __init__(
+        self,
+        kernel: llm_os.Kernel,
+        model: str,
+        options: SamplingOptions,
+        system: str | None,
+        tools: tuple[str, ...] = (),
+    ) -> None:
         self.over = False
         self._kernel = kernel
         self._model = model
@@ -84,6 +97,11 @@ class Conversation:
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, Any]] = []
         self._answer = Answer()
+        self._tools: Tools | None = None
+        if tools:
+            from llm_os.shell.tools import Tools
+
+            self._tools = Tools(kernel, tools)
 
     def greeting(self) -> str:
         info = next(info for info in self._kernel.models() if info.name == self._model)
@@ -116,8 +134,13 @@ class Conversation:
         request = llm_os.Request(model=self._model, messages=[*self._system, *asked], sampling=sampling)
         waiting = Waiting("thinking")
         waiting.describe = lambda: state(self._kernel, self._model)
+        more: list[dict[str, Any]] | None = None
         try:
-            completion = stream(self._kernel, request, waiting, write)
+            if self._tools is not None:
+                ended = self._tools.answer(request, waiting, write)
+                completion, more = ended.completion, ended.messages
+            else:
+                completion = stream(self._kernel, request, waiting, write)
             if completion.finish_reason == "length" and sampling.max_tokens is None:
                 self._answer.end()
                 say("llm-os: the conversation has filled the context; /clear begins a new one")
@@ -127,7 +150,9 @@ class Conversation:
             say(f"llm-os: {error}; /clear begins a new conversation")
         finally:
             self._answer.end()
-            if shown:
+            if more is not None:
+                self.messages = [*asked, *more]
+            elif shown:
                 self.messages = [*asked, {"role": "assistant", "content": "".join(shown)}]
 
     def _command(self, name: str = "", *words: str) -> None:

@@ -15,6 +15,7 @@ ANSWER = Group("Answer", sort_key=1)
 MACHINE = Group("Machine", sort_key=2)
 _LARGEST_GRAMMAR = 4 << 20  # bytes
 FLAG = Parameter(negative="", show_default=False)
+TOOL = Annotated[tuple[str, ...], Parameter(group=ANSWER, negative="", show_default=False)]
 
 
 @Parameter(name="*", group=ANSWER)

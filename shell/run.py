@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 import llm_os
 from llm_os.shell.answer import Answer, boot, checked, state, stream
-from llm_os.shell.options import ANSWER, FLAG, GrammarOptions, MachineOptions, SamplingOptions
+from llm_os.shell.options import ANSWER, FLAG, TOOL, GrammarOptions, MachineOptions, SamplingOptions
 from llm_os.shell.progress import Waiting, fetch
 from llm_os.shell.stdio import say
 
@@ -25,6 +25,7 @@ def run(
     system: Annotated[str | None, Parameter(group=ANSWER)] = None,
     raw: Annotated[bool, FLAG, Parameter(group=ANSWER)] = False,
     json: Annotated[bool, FLAG, Parameter(group=ANSWER)] = False,
+    tool: TOOL = (),
     form: GrammarOptions | None = None,
     sampling: SamplingOptions | None = None,
     machine: MachineOptions | None = None,
@@ -43,6 +44,8 @@ def run(
         Continue the prompt as it stands, without the model's chat template.
     json
         Print one JSON object with the answer, its token ids, counts and timings.
+    tool
+        Let the model use it: module:function, or the name of a plugin's tool. You are asked before it runs.
     """
     chosen = (sampling or SamplingOptions()).sampling((form or GrammarOptions()).chosen())
     config = (machine or MachineOptions()).config()
@@ -60,7 +63,13 @@ def run(
     with Waiting("starting") as waiting, boot(config) as kernel:
         waiting.describe = lambda: state(kernel, model)
         try:
-            completion = stream(kernel, request, waiting, None if json else out.write)
+            write = None if json else out.write
+            if tool:
+                from llm_os.shell.tools import Tools
+
+                completion = Tools(kernel, tool).answer(request, waiting, write).completion
+            else:
+                completion = stream(kernel, request, waiting, write)
         finally:
             out.end()
     if json:

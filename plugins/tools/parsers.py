@@ -114,7 +114,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-_decoder = json.JSONDecoder(parse_constant=_no_constant)
+_decoder = json.JSONDecoder(parse_constant=_no_constant, strict=False)  # models write line ends into strings
 
 
 def _value(text: str, at: int) -> tuple[Any, int, str | None]:

@@ -151,6 +151,11 @@ def test_a_call_that_was_never_closed_is_read() -> None:
     assert pairs(calls) == [("f", {"a": 1})]
 
 
+def test_line_ends_in_strings_are_read_as_they_are() -> None:
+    _, calls = FORMATS["hermes"].parse('<tool_call>{"name": "f", "arguments": {"a": "one\ntwo"}}</tool_call>')
+    assert pairs(calls) == [("f", {"a": "one\ntwo"})]
+
+
 def test_arguments_may_be_written_as_a_string() -> None:
     _, calls = FORMATS["hermes"].parse('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>')
     assert pairs(calls) == [("f", {"a": 1})]
