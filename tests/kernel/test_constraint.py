@@ -32,10 +32,11 @@ def bits_of(*tokens: int) -> bytes:
 
 
 class Spell:
-    """A language of one word, and what happens at its tenth letter."""
+    """A language of one word, and what happens at one of its letters."""
 
-    def __init__(self, trouble: Callable[[], object]) -> None:
+    def __init__(self, trouble: Callable[[], object], letter: int = 10) -> None:
         self._trouble = trouble
+        self._letter = letter
 
     def compile(self, source: str) -> Spell:
         if source == "late":
@@ -46,7 +47,7 @@ class Spell:
         return self
 
     def allowed(self, answer: Sequence[int]) -> object:
-        if len(answer) == 10:
+        if len(answer) == self._letter:
             return self._trouble()
         return bits_of(WORD[len(answer)]) if len(answer) < len(WORD) else bits_of(END)
 
@@ -121,7 +122,7 @@ def test_a_mask_that_hangs_ends_its_process_with_the_plugins_name(
 def test_masks_that_hang_turn_their_plugin_off(
     kernel: Callable[[object], llm_os.Kernel], released: threading.Event
 ) -> None:
-    booted = kernel(Spell(released.wait))
+    booted = kernel(Spell(released.wait, letter=0))
 
     async def all_at_once() -> list[str]:
         errors = []
