@@ -95,8 +95,6 @@ class Request(Strict, frozen=True, kw_only=True):
             raise RequestError("give either messages (chat) or prompt (raw text), not both and not neither")
         if self.tools and self.messages is None:
             raise RequestError("tools go through the chat template; give messages, or write them into the prompt")
-        if self.hold and self.sampling.grammar is not None:
-            raise RequestError("a grammar is for one turn, and hold is for several; leave one of them out")
         _in_range("nice", self.nice, -20, 19)
         _in_range("queue_s", self.queue_s, 0, 1e9)
         _in_range("deadline_s", self.deadline_s, 0, 1e9)
