@@ -103,29 +103,29 @@ class Matcher:
     def __init__(self, language: Language) -> None:
         self._language = language
         self._matcher = language.copy()
-        self._answer: list[int] = []
+        self._answer: tuple[int, ...] = ()
 
     def allowed(self, answer: Sequence[int]) -> bytes:
+        answer = tuple(answer)
         bits = self._bits(answer)
         if bits is None:  # a limit, maybe of what others have left in the lexer
-            self._matcher, self._answer = self._language.renew(), []
+            self._matcher, self._answer = self._language.renew(), ()
             bits = self._bits(answer)
         if bits is None:
             reason = _line(self._matcher.get_error()) or "the answer does not match it"
             raise RequestError(f"the grammar cannot go on after {len(answer)} tokens of the answer: {reason}")
         return bits
 
-    def _bits(self, answer: Sequence[int]) -> bytes | None:
+    def _bits(self, answer: tuple[int, ...]) -> bytes | None:
         matcher, known = self._matcher, self._answer
-        common = 0
-        for mine, theirs in zip(known, answer, strict=False):
-            if mine != theirs:
-                break
-            common += 1
-        if common < len(known) and not matcher.rollback(len(known) - common):
-            return None
+        common = len(known)
+        if answer[:common] != known:
+            same = [mine == theirs for mine, theirs in zip(known, answer, strict=False)]
+            common = same.index(False) if False in same else len(same)
+            if not matcher.rollback(len(known) - common):
+                return None
         new = list(answer[common:])
-        self._answer = [*known[:common], *new]
+        self._answer = answer
         if new and matcher.try_consume_tokens(new) != len(new):
             return None
         bits = bytes(matcher.compute_bitmask())
