@@ -10,7 +10,8 @@ from llm_os.kernel.image import Image
 class Pass(Protocol):
     """Changes a model's weights at load. `Request.model` names it after a plus sign: "smollm2:135m+int8".
 
-    Several apply from left to right. KV and prefixes are never shared between a model and what a pass made of it.
+    Several apply from left to right. KV and prefixes are never shared between a model and what a pass made of it. What
+    `apply` returns is made by `llm_os.change_weights` (docs/plugins/quantize.md has an example).
     """
 
     def apply(self, image: Image) -> Image:
