@@ -64,11 +64,12 @@ class Forget(Struct, frozen=True):
 class Kill(Struct, frozen=True):
     """End a process, whatever its state. Unknown pids are ignored: it may have just ended.
 
-    Answered by Reply(ticket), if there is one.
+    Answered by Reply(ticket), if there is one. `keep` leaves a session in the journal, for the kernel's next life.
     """
 
     pid: int
     ticket: int | None = None
+    keep: bool = False
 
 
 class Renice(Struct, frozen=True):
@@ -274,12 +275,17 @@ class Journal(Struct, frozen=True):
 
 
 class Deliver(Struct, frozen=True):
-    """A piece of an answer. The last one has either `completion` or `error`."""
+    """A piece of an answer. The last one has either `completion` or `error`.
+
+    `said` is on a fork's first one: what its parent had said before, which is part of the completion but not told to
+    the reader. Filters have to know it.
+    """
 
     pid: int
     chunk: Chunk | None = None
     completion: Completion | None = None
     error: Exception | None = None
+    said: str = ""
 
 
 class Reply(Struct, frozen=True):

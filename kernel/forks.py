@@ -70,6 +70,7 @@ class Forks:
             if not child.from_prompt:
                 history = parent.history()
                 child.replay(history, self._flights.now)
+                child.said = "".join(child.text)
             self._table.reserve(child)
         except Exception as error:  # no quota, or a plugin's code
             self._table.fail(child, as_error(error, RequestError))

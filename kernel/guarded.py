@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from inspect import get_annotations
@@ -9,7 +10,7 @@ from typing import Any
 
 from llm_os.kernel.errors import Error
 from llm_os.kernel.filters import TextFilter
-from llm_os.kernel.isolation import Guard, Health, Lane, within
+from llm_os.kernel.isolation import Guard, Health, Lane, told, within
 from llm_os.kernel.policy import Candidate, Fair, Policy, Share
 
 
@@ -21,10 +22,10 @@ class Filtering:
         self._text = text
 
     def push(self, text: str) -> str:
-        return str(self._lane.call("TextFilter.push", str, self._text.push, text) or "")
+        return str(self._lane.call("TextFilter.push", str, lambda: self._text.push(text)))
 
     def flush(self) -> str:
-        return str(self._lane.call("TextFilter.flush", str, self._text.flush) or "")
+        return str(self._lane.call("TextFilter.flush", str, lambda: self._text.flush()))
 
 
 class GuardedPolicy:
@@ -34,16 +35,22 @@ class GuardedPolicy:
         self._policy, self._health, self._guard, self._fair = policy, health, guard, Fair()
 
     def share(self, share: Share) -> float:
-        value = self._guard.call(self._health, "Policy.share", self._policy.share, share, _finite)
-        return self._fair.share(share) if value is None else float(value)
+        value = self._guard.call(self._health, "Policy.share", lambda: _number(self._policy.share(share)))
+        return self._fair.share(share) if value is None else value
 
     def rank(self, candidate: Candidate) -> float:
-        value = self._guard.call(self._health, "Policy.rank", self._policy.rank, candidate, _finite)
-        return 0.0 if value is None else float(value)
+        value = self._guard.call(self._health, "Policy.rank", lambda: _number(self._policy.rank(candidate)))
+        return 0.0 if value is None else value
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) <= 1e300  # of an int that is no float, too
+def _number(value: object) -> float:
+    """A plain one. Raises TypeError or ValueError, and what a number of a plugin's own kind may raise."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"it gave {type(value).__name__}, no number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"it gave {number}")
+    return number
 
 
 def lacks(given: object, kind: type) -> str | None:
@@ -60,7 +67,7 @@ def opened(health: Health, hook: str, kind: type, call: Callable[[], Any], limit
     except Error:
         raise
     except Exception as error:
-        raise health.failed(hook, f"raised {type(error).__name__}: {error}") from error
+        raise health.failed(hook, f"raised {told(error)}") from error
     if given is not None and (why := lacks(given, kind)) is not None:
         raise health.failed(hook, f"gave {why}")
     health.well(hook)

@@ -92,8 +92,9 @@ class RegisterCommand(Protocol):
 def register_drivers(register: RegisterDriver) -> None:
     """Offer devices: call `register(name, factory, probe)` for each.
 
-    Called once per kernel, at boot, from the thread that builds it. `factory` is called only if `Config.driver` names
-    it, `probe` by `llm-os doctor` and by the choice of "auto". Neither may be slow to import: import inside. Since 1.
+    Called once per kernel, at boot, in the plugin's own thread. `factory` is called in the thread that builds the
+    kernel, only if `Config.driver` names it, `probe` by `llm-os doctor` and by the choice of "auto". Neither may be slow
+    to import: import inside. Since 1.
     """
 
 
@@ -101,7 +102,7 @@ def register_drivers(register: RegisterDriver) -> None:
 def register_policies(register: RegisterPolicy) -> None:
     """Offer scheduling policies: call `register(name, factory)` for each.
 
-    Called once per kernel, at boot, from the thread that builds it. `factory(config)` is called only if `Config.policy`
+    Called once per kernel, at boot, in the plugin's own thread. `factory(config)` is called only if `Config.policy`
     names it. The contract is `Policy` in `kernel/policy.py`. Since 1.
     """
 
@@ -110,7 +111,7 @@ def register_policies(register: RegisterPolicy) -> None:
 def register_filters(register: RegisterFilter, config: Config) -> None:
     """Put filters between requests and models, and between answers and readers: call `register(name, filter)` for each.
 
-    Called once per kernel, at boot, from the thread that builds it. Requests go through the filters in the order in
+    Called once per kernel, at boot, in the plugin's own thread. Requests go through the filters in the order in
     which their plugins are enabled, answers in the opposite one. The contract is `Filter` in `kernel/filters.py`. Since
     1.
     """
@@ -120,7 +121,7 @@ def register_filters(register: RegisterFilter, config: Config) -> None:
 def register_passes(register: RegisterPass, config: Config) -> None:
     """Offer compression passes: call `register(name, compression)` for each.
 
-    Called once per kernel, at boot, from the thread that builds it. A pass is applied to a model that is asked for as
+    Called once per kernel, at boot, in the plugin's own thread. A pass is applied to a model that is asked for as
     "MODEL+NAME". The contract is `Pass` in `kernel/compression.py`. Since 1.
     """
 
@@ -129,13 +130,13 @@ def register_passes(register: RegisterPass, config: Config) -> None:
 def register_tools(register: RegisterTool, config: Config) -> None:
     """Offer tools: call `register(tool)` for each.
 
-    Called once per kernel, at boot, from the thread that builds it. `Kernel.tools` lists them; nothing runs them but
+    Called once per kernel, at boot, in the plugin's own thread. `Kernel.tools` lists them; nothing runs them but
     who asks for it. The contract is `Tool` in `kernel/tool.py`. Since 1.
     """
 
 
 @hookspec
-def register_commands(register: RegisterCommand) -> None:
+def register_commands(register: RegisterCommand, config: Config) -> None:
     """Add commands to `llm-os`: call `register(name, command, help)` for each.
 
     Called once per run of `llm-os`, at its start, so import inside. `command` is a function whose parameters have type
@@ -221,7 +222,8 @@ def step_finished(step: StepInfo) -> None:
 
 @hookspec
 def process_exited(process: ExitInfo) -> None:
-    """A process has ended. Called once per process, in the plugin's own thread, in order, a moment later. Since 1."""
+    """A process has ended, as the kernel saw it: a filter that fails afterwards tells its reader something else. Called
+    once per process, in the plugin's own thread, in order, a moment later. Since 1."""
 
 
 @hookspec

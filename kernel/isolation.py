@@ -4,8 +4,8 @@
               given up: its thread is left to itself, a new one goes on with the next.
     within    a thread for one call, for what reads files: imports, opening a model. It may take minutes.
     Guard     calls in the kernel's own thread, for what has to be quick. One that takes too long is interrupted by an
-              exception in that thread, which stops Python code, however it
-              catches exceptions, but not a call into C (time.sleep, say).
+              exception in that thread, which stops Python code, but neither a call into C (time.sleep, say) nor a loop
+              all of which is in a `try` that swallows everything.
 
 A plugin whose hook fails three times in a row is off: its calls fail at once. Python in one process is no sandbox: this
 holds mistakes, not malice.

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from llm_os.kernel.core import Core
 from llm_os.kernel.disk import Disk
 from llm_os.kernel.driver import Batch, Driver
 from llm_os.kernel.errors import Closed, DriverError
-from llm_os.kernel.filters import Gate
+from llm_os.kernel.gate import Gate
 from llm_os.kernel.hookspecs import ExitInfo, StepInfo
 from llm_os.kernel.image import Image
 from llm_os.kernel.plugins import Plugins
@@ -49,6 +49,7 @@ class Loop:
         self.tickets: dict[int, Future[None]] = {}
         self.host = ThreadPoolExecutor(2, thread_name_prefix="llm-os-host")
         self.gates: dict[int, Gate] = {}  # of processes whose request or answer goes through plugins
+        self.leaving: set[Gate] = set()  # of processes that have ended, with what is still on its way to the reader
         self.runs: dict[int, tuple[Batch, float]] = {}  # batches in flight and when they began, likewise
         self.requests: dict[int, Request] = {}  # of live processes, where plugins want to see them
         self.waiters = ThreadPoolExecutor(32, thread_name_prefix="llm-os-waiter")  # they wait for plugins
@@ -69,6 +70,7 @@ class Loop:
             self.shut(f"the kernel failed: {error!r}")
             raise
         finally:
+            wait([gate.done for gate in self.leaving.copy()], self.core.config.hook_limit_s)  # they are finished
             self.abandon()
             self.host.shutdown()
             self.waiters.shutdown(wait=False)  # a call that hangs is left behind
@@ -131,12 +133,12 @@ class Loop:
                     continue
                 case _:
                     continue
-            if self.plugins.filtering and pid in self.requests:
+            if self.plugins.filtering and pid not in self.gates:
                 self.gates[pid] = Gate(
                     self.waiters,
-                    partial(self.plugins.open_filters, self.requests[pid]),
+                    partial(self.plugins.open_filters, self.requests[pid], isinstance(event, ev.Submit)),
                     self.hand_over,
-                    partial(self.inbox.put, ev.Kill(pid)),
+                    partial(self.inbox.put, ev.Kill(pid, keep=isinstance(event, ev.Restore))),
                 )
 
     def finished(self, event: ev.Completed) -> None:
@@ -156,10 +158,13 @@ class Loop:
         gate = self.gates.pop(item.pid, None) if over else self.gates.get(item.pid)
         if over and (request := self.requests.pop(item.pid, None)) is not None:
             self.plugins.tell("process_exited", process=_exit(item, request))
-        if gate is not None:
-            gate.put(item)
-        else:
+        if gate is None:
             self.hand_over(item)
+            return
+        if over:
+            self.leaving.add(gate)
+            gate.done.add_done_callback(lambda _: self.leaving.discard(gate))
+        gate.put(item)
 
     def hand_over(self, item: ev.Deliver) -> None:
         over = item.completion is not None or item.error is not None

@@ -62,16 +62,19 @@ def installed() -> dict[str, Manifest]:
     """Every plugin here, by name, built-ins first. Imports none of them."""
     found = {}
     for name, module in (BUILT_IN | OPTIONAL).items():
-        found[name] = _describe(name, module, "llm-os-runtime", None)
+        found[name] = _describe(Manifest(name=name, version="", distribution="", module=module, built_in=True))
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        version = point.dist.version if point.dist else ""
-        manifest = _describe(point.name, point.value, point.dist.name if point.dist else "", version)
-        if point.name in found:
-            problem = f"another plugin has the name {point.name!r} already, from {found[point.name].distribution}"
-            if not found[point.name].built_in:  # neither is chosen by chance
-                found[point.name] = msgspec.structs.replace(found[point.name], problem=problem)
-        else:
-            found[point.name] = manifest
+        distribution, version = ("", "") if point.dist is None else (point.dist.name or "", point.dist.version or "")
+        manifest = Manifest(name=point.name, version=version, distribution=distribution, module=point.value)
+        name = point.name
+        if (other := found.get(name)) is None:
+            found[name] = _describe(manifest)
+            continue
+        both = f"{other.distribution or 'llm-os'} and {distribution}"
+        problem = f"{both} have a plugin named {name!r}; uninstall one"
+        if not other.built_in:  # neither is chosen by chance
+            found[name] = msgspec.structs.replace(other, problem=problem)
+        found[f"{name} ({distribution})"] = msgspec.structs.replace(manifest, problem=problem)
     return found
 
 
@@ -95,18 +98,16 @@ def choose(names: tuple[str, ...]) -> list[Manifest]:
     return [there[name] for name in chosen]
 
 
-def _describe(name: str, module: str, distribution: str, version: str | None) -> Manifest:
-    """`version` is None for built-ins."""
+def _describe(manifest: Manifest) -> Manifest:
+    """With what its file says."""
     from llm_os.kernel.hookspecs import CONTRACT, HOOKS
 
-    manifest = Manifest(
-        name=name, version=version or "", distribution=distribution, module=module, built_in=version is None
-    )
     try:
-        fields = _read(name, module)
-    except (OSError, ValueError, ImportError) as error:  # tomllib's error and msgspec's are ValueErrors
-        return msgspec.structs.replace(manifest, problem=f"its {FILE}: {error}")
-    manifest = msgspec.structs.replace(manifest, **{k: fields[k] for k in fields if k != "version"})
+        fields = _read(manifest.name, manifest.module)
+    except Exception as error:  # whatever is in a file of a plugin that nobody has enabled
+        what = " ".join(f"{error}".split())[:300] or type(error).__name__
+        return msgspec.structs.replace(manifest, problem=f"its {FILE}: {what}")
+    manifest = msgspec.structs.replace(manifest, **fields)
     problem = None
     if unknown := sorted(set(manifest.hooks) - HOOKS):
         problem = f"its {FILE} names hooks that do not exist: {', '.join(unknown)}; see docs/hooks.md"
@@ -125,8 +126,8 @@ class _Table(Struct, forbid_unknown_fields=True):
 
 
 def _read(name: str, module: str) -> dict[str, Any]:
-    """The plugin's table. Raises OSError, ValueError or ImportError."""
-    package = module.partition(".")[0]
+    """The plugin's table. Raises OSError, ValueError, ImportError, and RecursionError where a file is made for it."""
+    package = module.partition(":")[0].partition(".")[0]
     spec = find_spec(package)  # a top-level package is found without being imported
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     if not folders:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
+import time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 import pluggy
+from msgspec import structs
 
 from llm_os.kernel import hookspecs
 from llm_os.kernel.compression import Pass
@@ -30,7 +35,7 @@ from llm_os.kernel.filters import Filter, TextFilter
 from llm_os.kernel.grammar import Grammar
 from llm_os.kernel.guarded import Filtering, GuardedPolicy, lacks, opened
 from llm_os.kernel.image import Image
-from llm_os.kernel.isolation import Guard, Health, Lane, within
+from llm_os.kernel.isolation import Guard, Health, Lane, told, within
 from llm_os.kernel.journal import Log
 from llm_os.kernel.manifest import Manifest, choose
 from llm_os.kernel.policy import Fair, Policy, PolicyFactory
@@ -51,6 +56,8 @@ class Plugins:
     def __init__(self, config: Config) -> None:
         self._config = config
         self.manifests = choose(config.plugins)
+        if unknown := sorted(set(config.options) - {manifest.name for manifest in self.manifests}):
+            raise ConfigError(f"options are for plugin {unknown[0]!r}, which is not enabled")
         self._manager = pluggy.PluginManager(hookspecs.hookspec.project_name)
         self._manager.add_hookspecs(hookspecs)
         self._lanes = {m.name: Lane(Health(m.name), config.hook_limit_s) for m in self.manifests}
@@ -91,9 +98,11 @@ class Plugins:
         try:
             self._manager.register(plugin, manifest.name)
             self._manager.check_pending()
+        except ValueError as error:
+            raise ConfigError(f"plugin {manifest.name!r} is {manifest.module}, as another plugin is") from error
         except pluggy.PluginValidationError as error:
             what = " ".join(str(error).split())
-            raise ConfigError(f"plugin {manifest.name!r} implements a hook that does not exist: {what}") from None
+            raise ConfigError(f"plugin {manifest.name!r} does not fit the hooks of docs/hooks.md: {what}") from None
         implemented = {caller.name for caller in self._manager.get_hookcallers(plugin) or ()}
         if undeclared := sorted(implemented - set(manifest.hooks)):
             raise ConfigError(f"plugin {manifest.name!r} implements {', '.join(undeclared)}, but its manifest does not")
@@ -106,7 +115,9 @@ class Plugins:
             now = hookspecs.CONTRACT
             _log.warning("plugin %r is for contract %d, and %d is the last to take it", name, manifest.contract, now)
         for caller in self._manager.get_hookcallers(plugin) or ():
-            (own,) = (each for each in caller.get_hookimpls() if each.plugin is plugin)
+            own, *more = (each for each in caller.get_hookimpls() if each.plugin is plugin)
+            if more or own.wrapper or own.hookwrapper:
+                raise ConfigError(f"plugin {name!r} implements {caller.name} twice, or around others; once and plainly")
             for form in (caller.name, *(f"{caller.name}.{argument}" for argument in own.argnames)):
                 if (instead := hookspecs.DEPRECATED.get(form)) is not None:
                     _log.warning(
@@ -134,7 +145,7 @@ class Plugins:
             lane = self._lanes[implementation.plugin_name]
             values = arguments(lane)
             try:
-                lane.call(hook, (), implementation.function, *(values[name] for name in implementation.argnames))
+                lane.call(hook, NoneType, implementation.function, *(values[name] for name in implementation.argnames))
             except PluginError as error:
                 name = implementation.plugin_name
                 raise ConfigError(f"{error}; repair it, or llm-os plugins disable {name}") from error
@@ -147,6 +158,10 @@ class Plugins:
     def _register_tool(self, lane: Lane, tool: Tool) -> None:
         if not isinstance(tool, Tool):
             raise TypeError(f"register(tool) takes a Tool, not {type(tool).__name__}")
+        if not (isinstance(tool.name, str) and re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", tool.name)):
+            raise ValueError(f"a tool is named {tool.name!r:.80}; use 1 to 64 letters, digits, - or _")
+        if not (isinstance(tool.parameters, dict) and isinstance(tool.description, str) and callable(tool.call)):
+            raise TypeError(f"tool {tool.name!r} needs a description, a JSON schema and something to call")
         _keep(self._tools, "tool", tool.name, tool)
 
     def _register_policy(self, lane: Lane, name: str, factory: PolicyFactory) -> None:
@@ -179,7 +194,7 @@ class Plugins:
                 raise ConfigError(f"two plugins register a command named {name!r}; disable one of them")
             commands[name] = (command, help)
 
-        self._boot("register_commands", lambda lane: {"register": register})
+        self._boot("register_commands", lambda lane: {"register": register, "config": config})
         return commands
 
     def probe(self) -> list[DeviceInfo]:
@@ -200,7 +215,7 @@ class Plugins:
         except Error:
             raise
         except Exception as error:
-            raise DriverError(f"driver {name!r} cannot be made: {type(error).__name__}: {error}") from error
+            raise DriverError(f"driver {name!r} cannot be made: {told(error)}") from error
         if (why := lacks(driver, Driver)) is not None:
             raise DriverError(f"the factory of driver {name!r} gave {why}")
         return driver
@@ -223,12 +238,14 @@ class Plugins:
 
     def open_image(self, model: str) -> Image:
         """Raises ModelNotFound when no plugin knows the name, and what the plugin raises otherwise."""
-        base, *passes = model.split("+") if any(f"+{name}" in model for name in self._passes) else (model,)
-        if unknown := [name for name in passes if name not in self._passes]:
-            raise ModelNotFound(f"{model}: there is no pass {unknown[0]!r}; registered are: {', '.join(self._passes)}")
+        base, passes = model, list[str]()
+        while (parts := base.rpartition("+"))[2] in self._passes:  # "+" may be part of a file's name
+            base = parts[0]
+            passes.insert(0, parts[2])
         image: Image | None = self._first("open_image", Image, {"model": base, "config": self._config}, FILES_LIMIT_S)
         if image is None:
-            raise ModelNotFound(f"no plugin knows a model named {base!r}; `llm-os models` lists what is here")
+            hint = f"; passes are: {', '.join(self._passes)}" if "+" in base and self._passes else ""
+            raise ModelNotFound(f"no plugin knows a model named {base!r}; `llm-os models` lists what is here{hint}")
         for name in passes:
             image = self._apply(name, image)
         return image
@@ -273,14 +290,14 @@ class Plugins:
 
     def compile_grammar(self, grammar: Grammar, image: Image) -> Compiled:
         """Raises RequestError for a grammar that cannot be used, PluginError."""
-        plugin, language = self._ask("compile_grammar", object, {"grammar": grammar, "image": image})
+        plugin, language = self._ask("compile_grammar", (object, NoneType), {"grammar": grammar, "image": image})
         if language is None:
             raise RequestError(f"no plugin compiles grammars of kind {grammar.kind!r}; enable one that does")
         return Compiled(language, partial(self._masks[plugin].start, "Matcher.allowed", bytes))
 
     def admit(self, request: Request) -> None:
         """Raises Refused if a plugin does, PluginError."""
-        _, reason = self._ask("admit", str, {"request": request})
+        _, reason = self._ask("admit", (str, NoneType), {"request": request})
         if reason is not None:
             raise Refused(" ".join(reason.split()))
 
@@ -296,32 +313,40 @@ class Plugins:
     def pick_victim(self, victims: list[ModelInfo]) -> str | None:
         """In the kernel's thread. None if nobody chooses."""
         names = {info.name for info in victims}
-
-        def check(name: object) -> bool:
-            return name is None or (isinstance(name, str) and name in names)
-
         for implementation in reversed(self._manager.hook.pick_victim.get_hookimpls()):
             health = self._lanes[implementation.plugin_name].health
-            call = implementation.function if implementation.argnames else lambda _, f=implementation.function: f()
-            name = self._guard.call(health, "pick_victim", call, victims, check)
+            arguments = [list(victims)] if implementation.argnames else []
+            call = partial(_pick, implementation.function, arguments, names)
+            name = self._guard.call(health, "pick_victim", call)
             if name is not None:
-                return name  # type: ignore[no-any-return]
+                return name
         return None
 
     # -- filters -----------------------------------------------------------------------------------------------------
 
-    def open_filters(self, request: Request) -> tuple[Request, list[TextFilter]]:
+    def open_filters(self, request: Request, submitted: bool = True) -> tuple[Request, list[TextFilter]]:
         """What the model shall see, and what the answer goes through, in order. Raises Refused where a plugin does not
-        admit it, and PluginError: a request never passes by a filter that is broken."""
-        self.admit(request)
+        admit it, and PluginError: a request never passes by a filter that is broken. Those not `submitted`, but of a
+        fork or an earlier life, have been admitted."""
+        if submitted:
+            self.admit(request)
         answer: list[TextFilter] = []
         for lane, filter in self._filters.values():
-            pair = lane.call("Filter.open", tuple, filter.open, request)
+            pair = lane.call("Filter.open", (tuple, NoneType), filter.open, _copied(request))
             if pair is None:
                 continue
             if len(pair) != 2 or not isinstance(pair[0], Request):
                 raise lane.health.failed("Filter.open", "gave no (Request, TextFilter)")
-            request, text = pair
+            changed, text = pair
+            try:
+                request = Request(
+                    **{
+                        field: getattr(changed if field in ("messages", "prompt", "tools") else request, field)
+                        for field in Request.__struct_fields__
+                    }
+                )
+            except RequestError as error:
+                raise lane.health.failed("Filter.open", f"gave a request that is none: {error}") from error
             if text is not None and (why := lacks(text, TextFilter)) is not None:
                 raise lane.health.failed("Filter.open", f"gave {why}")
             if text is not None:
@@ -333,16 +358,20 @@ class Plugins:
     def tell(self, hook: str, **values: Any) -> None:
         """An event, to every plugin that wants it. Never waits, never raises."""
         for lane, function, names in self._listeners[hook]:
-            lane.post(hook, function, *[values[name] for name in names])
+            lane.post(hook, function, *[values[name] for name in names], droppable=hook == "step_finished")
 
     def _wants(self, hook: str) -> bool:
         return bool(getattr(self._manager.hook, hook).get_hookimpls())
 
     def close(self) -> None:
-        """After the last event."""
+        """After the last event. Waits for what plugins still have to do, but no longer than two calls may take."""
         self._guard.close()
-        for lane in (*self._lanes.values(), *self._masks.values()):
-            lane.close()
+        until = time.monotonic() + 2 * self._config.hook_limit_s
+        lanes = (*self._lanes.values(), *self._masks.values())
+        for lane in lanes:
+            lane.shut()
+        for lane in lanes:
+            lane.wait(until)
 
 
 def _load(module: str) -> object:
@@ -352,6 +381,18 @@ def _load(module: str) -> object:
     for part in filter(None, attribute.split(".")):
         plugin = getattr(plugin, part)
     return plugin() if isinstance(plugin, type) else plugin
+
+
+def _copied(request: Request) -> Request:
+    """For a plugin, which may change it in place."""
+    return structs.replace(request, messages=deepcopy(request.messages), tools=deepcopy(request.tools))
+
+
+def _pick(function: Callable[..., Any], arguments: list[Any], names: set[str]) -> str | None:
+    name = function(*arguments)
+    if name is not None and not (type(name) is str and name in names):
+        raise ValueError(f"{name!r:.80} is not one of the models that may go")
+    return name
 
 
 def _given(register: Callable[..., None], config: Config, lane: Lane) -> dict[str, Any]:

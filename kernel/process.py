@@ -81,6 +81,7 @@ class Process:
     compiled: Compiled | None = None  # the grammar of its answer, if there is one
     constraint: Constraint | None = None
     turn: int = 0  # where in `generated` the present answer begins: after the last token that ended one
+    said: str = ""  # by its parent, and not yet told to filters
     inherited: int = 0  # tokens of the answer that its parent, or an earlier life, generated
     forks: list[Process] = field(default_factory=list)  # children that wait for the operation in flight to end
     from_prompt: bool = False  # a child: it continues from its parent's prompt

@@ -195,7 +195,7 @@ class Processes:
         self._scheduler.enqueue(process, self._flights.now)
         self.forks.begin(process)
         if process.holding:  # a fork, or of an earlier life
-            self._outbox.say(ev.Deliver(process.pid, Chunk(text="", waiting=True)))
+            self._say(process, Chunk(text="", waiting=True))
             self.pauses.hold(process)
         self.pauses.stop_if_asked(process)
 
@@ -203,8 +203,12 @@ class Processes:
 
     def kill(self, event: ev.Kill) -> None:
         if process := self.live.get(event.pid):
-            self.end(process, "cancelled")
-        elif event.ticket is None and not self.halting:  # it had ended, and its reader has gone without reading that
+            if event.keep:
+                self.fail(process, Closed("its reader cannot be told"), keep=True)
+            else:
+                self.end(process, "cancelled")
+        elif event.ticket is None and not event.keep and not self.halting:
+            # it had ended, and its reader has gone without reading that
             self._outbox.note(Done(event.pid))
         if event.ticket is not None:
             self._reply(event.ticket)
@@ -277,16 +281,15 @@ class Processes:
         if chunk.finish_reason is not None:
             self.end(process, chunk.finish_reason, chunk)
         else:
-            self._say(ev.Deliver(process.pid, chunk), process.pid, chunk)
+            self._say(process, chunk)
             if chunk.waiting:
                 self.pauses.hold(process)
 
-    def _say(self, action: ev.Deliver, pid: int, chunk: Chunk) -> None:
+    def _say(self, process: Process, chunk: Chunk) -> None:
         """Deliver it once what it says is in the journal."""
-        if self._outbox.journaled:
-            self._outbox.say(action, _took(pid, chunk))
-        else:
-            self._outbox.say(action)
+        said, process.said = process.said, ""
+        records = (_took(process.pid, chunk),) if self._outbox.journaled and chunk.token_ids else ()
+        self._outbox.say(ev.Deliver(process.pid, chunk, said=said), *records)
 
     def copied(self, processes: tuple[Process, ...], event: ev.Completed) -> None:
         """The page that they are to write on is there, or not."""
@@ -322,7 +325,8 @@ class Processes:
             records.append(_took(process.pid, last))
         if reason not in ("stop", "length"):
             records.append(Done(process.pid))
-        self._outbox.say(ev.Deliver(process.pid, last, process.completion(reason, self._flights.now)), *records)
+        whole = process.completion(reason, self._flights.now)
+        self._outbox.say(ev.Deliver(process.pid, last, whole, said=process.said), *records)
 
     def fail(self, process: Process, error: Exception, keep: bool = False) -> None:
         """It ends with an error. `keep` leaves it in the journal, to go on in the kernel's next life."""

@@ -29,8 +29,8 @@ class Mailbox:
 
     def put(self, item: Deliver) -> None:
         with self._lock:
-            if len(self._items) >= _MAX_ITEMS and _plain(item) and _plain(self._items[-1]):
-                self._items[-1] = _joined(self._items[-1], item)
+            if len(self._items) >= _MAX_ITEMS and plain(item) and plain(self._items[-1]):
+                self._items[-1] = joined(self._items[-1], item)
             else:
                 self._items.append(item)
             wake, self._wake = self._wake, None
@@ -145,16 +145,17 @@ class Stream:
         return self.completion
 
 
-def _plain(item: Deliver) -> bool:
+def plain(item: Deliver) -> bool:
     """Whether it may be joined with its like."""
     return item.chunk is not None and not item.chunk.waiting and item.completion is None and item.error is None
 
 
-def _joined(one: Deliver, other: Deliver) -> Deliver:
+def joined(one: Deliver, other: Deliver) -> Deliver:
+    """Two plain ones as one."""
     a, b = one.chunk, other.chunk
     assert a is not None and b is not None
     chunk = Chunk(text=a.text + b.text, token_ids=a.token_ids + b.token_ids, logprobs=a.logprobs + b.logprobs)
-    return Deliver(one.pid, chunk)
+    return Deliver(one.pid, chunk, said=one.said)
 
 
 def thread_safe(callback: Callable[[], object]) -> Callable[[], object]:

@@ -70,7 +70,7 @@ def test_a_plugin_adds_a_driver_and_a_raising_probe_does_not_hide_the_others(ins
     ("source", "message"),
     [
         ("import no_such_module", "cannot be imported: ModuleNotFoundError"),
-        ("import llm_os\n@llm_os.hookimpl\ndef open_imgae(model): return None", "hook that does not exist.*open_imgae"),
+        ("import llm_os\n@llm_os.hookimpl\ndef open_imgae(model): return None", "does not fit the hooks.*open_imgae"),
         ("import llm_os\n@llm_os.hookimpl\ndef register_drivers(register): register('cpu', 1, 2)", "named 'cpu'"),
     ],
 )
