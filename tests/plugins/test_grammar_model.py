@@ -88,9 +88,8 @@ def test_a_chat_ends_with_the_end_of_a_turn_and_a_raw_text_with_the_end_of_text(
     kernel: llm_os.Kernel, smollm2: Path
 ) -> None:
     grammar = llm_os.Grammar(kind="regex", source="(one|two)")
-    raw = llm_os.Request(
-        model=str(smollm2), prompt="One or two?", sampling=llm_os.Sampling(max_tokens=9, seed=1, grammar=grammar)
-    )
+    sampling = llm_os.Sampling(max_tokens=9, seed=1, grammar=grammar, logit_bias={2: 1000.0})  # <|im_end|>
+    raw = llm_os.Request(model=str(smollm2), prompt="One or two?", sampling=sampling)
     said = answer(kernel, raw, ask(smollm2, 1, "regex", "(one|two)"))
     assert [completion.finish_reason for completion in said] == ["stop", "stop"]
     assert said[0].token_ids[-1] == 0 and said[1].token_ids[-1] in (0, 2)
