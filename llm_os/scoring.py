@@ -85,13 +85,13 @@ def _score(
             sequences.append(Sequence(pid=index, salt=0, tokens=token, position=position, pages=table, sample=wish))
         rows = driver.run(Batch(model=model, sequences=tuple(sequences))).result()
         for index, row in zip(active, rows, strict=True):
-            found[index].append(_checked(row))
+            found[index].append(_checked(row, texts[index][position + 1]))
     return found
 
 
-def _checked(row: Row) -> TokenLogprob:
+def _checked(row: Row, token: int) -> TokenLogprob:
     if isinstance(row, RowError):
         raise DriverError(row.message)
-    if not isinstance(row, Sampled) or row.logprob is None:
+    if not isinstance(row, Sampled) or row.logprob is None or row.token != token:
         raise DriverError("the driver gave no log-probability for a token that it was asked for")
     return TokenLogprob(row.token, row.logprob, row.top)
