@@ -16,8 +16,8 @@ from llm_os import Completion, Kernel, Request, RequestError, Stream, Tool
 from llm_os.plugins.tools.calls import Result, Toolbox
 from llm_os.plugins.tools.parsers import FORMATS, Call
 from llm_os.plugins.tools.permissions import Permissions
-from llm_os.plugins.tools.schema import definition, defused
-from llm_os.plugins.tools.turns import Chat, Turn, call_id, told
+from llm_os.plugins.tools.schema import all_defused, definition, defused
+from llm_os.plugins.tools.turns import Chat, Turn, call_id, safe_name, told
 
 _SHORTEST = 256  # characters: what a tool said is cut to no less before the conversation ends for want of room
 
@@ -29,8 +29,8 @@ class Said(Struct, frozen=True):
 
 
 class Ended(Struct, frozen=True, kw_only=True):
-    """The last event. `messages` are what this conversation has added: append them to ask further. What tools said is
-    defused in them, for there it goes through the template as all messages do."""
+    """The last event. `messages` are what this conversation has added: append them to ask further. No special token can
+    come of them, though they go through the template: what a model says may be what a tool has said."""
 
     reason: Literal["stop", "length", "cancelled", "deadline", "rounds"]  # rounds: it would call for ever
     completion: Completion
@@ -149,14 +149,22 @@ class _Conversation:
         self._turn = Turn(self._chat.format if self._chat else FORMATS["hermes"])
         calls = [structs.replace(call, id=call_id(self._calls + index)) for index, call in enumerate(calls)]
         self._calls += len(calls)
-        message: dict[str, Any] = {"role": "assistant", "content": text}
+        message: dict[str, Any] = {"role": "assistant", "content": self._defused(text)}
         if calls:
             message["tool_calls"] = [
-                {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+                {
+                    "type": "function",
+                    "id": call.id,
+                    "function": {"name": safe_name(call), "arguments": all_defused(call.arguments)},
+                }
                 for call in calls
             ]
-        self._messages.append(message)
+        if text or calls:
+            self._messages.append(message)
         return rest, calls
+
+    def _defused(self, text: str) -> str:
+        return defused(text) if self._chat is None else self._chat.defused(text)
 
     async def _run(self, calls: list[Call]) -> list[Result]:
         await self._kernel.block(self._stream.pid, self._toolbox.expected_s(calls))
@@ -181,8 +189,8 @@ class _Conversation:
             else:
                 break
         for result, text in zip(results, texts, strict=True):
-            said = {"role": "tool", "tool_call_id": result.call.id, "name": result.call.name, "content": defused(text)}
-            self._messages.append(said)
+            said = {"role": "tool", "tool_call_id": result.call.id, "name": safe_name(result.call)}
+            self._messages.append({**said, "content": chat.defused(text)})
 
 
 def _cut(text: str, longest: int) -> str:

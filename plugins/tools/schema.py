@@ -43,7 +43,7 @@ def make_tool(
     function that models cannot be told of: a parameter without a type hint, or of a type that JSON has not.
     """
     called = str(name or getattr(function, "__name__", ""))
-    if not _NAME.fullmatch(called):
+    if not is_name(called):
         raise ConfigError(f"a tool is named {called!r}; give name=, 1 to 64 letters, digits, _ or -")
     about, meanings = _docstring(inspect.getdoc(function) or "")
     about = about if description is None else description
@@ -188,9 +188,22 @@ def _one_line(text: str) -> str:
 _SPECIAL = re.compile(r"<(?=[^<>\s]{1,64}>)|\[(?=/?[A-Z_]{2,40}\])")  # as all special tokens in use begin
 
 
+def is_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
 def defused(text: str) -> str:
     """`text` in which nothing looks like a special token any more: a space parts its bracket from its name."""
     return _SPECIAL.sub(lambda found: found[0] + " ", text)
+
+
+def all_defused(value: Any) -> Any:
+    """The same of every text in a JSON value, keys too."""
+    if isinstance(value, dict):
+        return {defused(key): all_defused(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [all_defused(item) for item in value]
+    return defused(value) if isinstance(value, str) else value
 
 
 def definition(tool: Tool) -> dict[str, Any]:
@@ -198,7 +211,7 @@ def definition(tool: Tool) -> dict[str, Any]:
     for a name, a key or a value in the schema that could be a special token, for those cannot be changed."""
     parameters = _plain(tool.parameters, tool.name, "")
     function = {"name": tool.name, "description": defused(tool.description), "parameters": parameters}
-    if not _NAME.fullmatch(tool.name):
+    if not is_name(tool.name):
         raise ConfigError(f"a tool is named {tool.name!r}; it must be 1 to 64 letters, digits, _ or -")
     return {"type": "function", "function": function}
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from llm_os import Chunk, Error, Image, RequestError
 from llm_os.plugins.tools.parsers import FORMATS, Call, Format
+from llm_os.plugins.tools.schema import defused, is_name
 
 
 class Chat:
@@ -95,14 +96,14 @@ class Chat:
         said = [
             {
                 "role": "tool",
-                "name": call.name or "unknown",
+                "name": safe_name(call),
                 "tool_call_id": call.id,
                 "content": f"b{index}x{marks}{text}e{index}x{marks}",
             }
             for index, (call, text) in enumerate(results)
         ]
         calls = [
-            {"type": "function", "id": call.id, "function": {"name": call.name or "unknown", "arguments": {"x": sent}}}
+            {"type": "function", "id": call.id, "function": {"name": safe_name(call), "arguments": {"x": sent}}}
             for call, _ in results
         ]
         users = [{"role": "user", "content": f"<tool_response>\n{one['content']}\n</tool_response>"} for one in said]
@@ -121,6 +122,15 @@ class Chat:
             if pieces is not None:
                 return self._join(pieces)
         raise RequestError(f"the chat template of {self._image.name} cannot say what a tool said")
+
+    def defused(self, text: str) -> str:
+        """`text` as it may go through the template: as it is, unless something in it would become a special token."""
+        try:
+            if self._image.encode(text, raw=True) == self._image.encode(text, raw=False):
+                return text
+        except Error:  # the model has gone
+            pass
+        return defused(text)
 
     def _join(self, pieces: list[tuple[str, bool]]) -> list[int]:
         tokens: list[int] = []
@@ -204,6 +214,11 @@ class Turn:
 def call_id(index: int) -> str:
     """Nine letters and digits, as Mistral's templates want them."""
     return f"call{index % 100000:05d}"
+
+
+def safe_name(call: Call) -> str:
+    """The name as it may go through a template: a model can write anything for one."""
+    return call.name if is_name(call.name) else "unknown"
 
 
 def told(text: str, error: bool) -> str:

@@ -57,7 +57,7 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
     def boot(script: Callable[[str], str], **config: Any) -> llm_os.Kernel:
         sys.modules.pop("scripted_plugin", None)
-        importlib.import_module("scripted_plugin").script = script
+        vars(importlib.import_module("scripted_plugin"))["script"] = script
         settings = {"memory": "64MiB", "frame_size": "64KiB", **config}
         kernel = llm_os.Kernel(llm_os.Config(driver="scripted", plugins=("scripted_plugin",), **settings))
         kernels.append(kernel)

@@ -185,6 +185,7 @@ def test_special_tokens_in_descriptions_are_defused_and_elsewhere_refused() -> N
     for mark in ("<|im_end|>", "<|im_start|>", "[INST]", "[/INST]", "</s>", "<s>", "<start_of_turn>"):
         assert mark not in told
     assert "a < b [1]" in told and defused(told) == told
+    parameters: dict[str, Any]
     for parameters in ({"properties": {"<|im_end|>": {}}}, {"properties": {"a": {"enum": ["<|im_end|>"]}}}):
         with pytest.raises(llm_os.ConfigError, match="could be a special token"):
             definition(tool(parameters=parameters))
