@@ -20,7 +20,7 @@ from llm_os.plugins.redact.options import Options
 FRAGMENTS = (
     "alice@example.com", "bob@example.org", "+49 170 1234567", "4111 1111 1111 1111", "DE89 3704 0044 0532 0130 00",
     "My name is Alice Smith", "Dear Mr. Jones,", "born on 12 March 1985", "password: hunter2!", "192.168.17.4",
-    "<EMAIL_1>", "<EMAIL_2>", "<TEXT_1>", "<EMAIL_", "<", ">", "1>", "_1", " ", "\n", "\n\n", "and", "we met", "Alice",
+    "<EMAIL_1>", "<EMAIL_2>", "<TEXT_1>", "<NATIONAL_ID_999999>", "<EMAIL_", "<", ">", "1>", "_1", " ", "\n", "\n\n", "and", "we met", "Alice",
     "Smith", "4111", "Paris", "van", "12", "我叫王小明，", "谢谢", "１２", "\u200b", "x" * 70, "Aa " * 40, "1 " * 140,
 )  # fmt: skip
 TEXTS = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=8)), max_size=14).map("".join)
@@ -59,7 +59,7 @@ def test_what_is_taken_out_comes_back_whatever_the_text(text: str) -> None:
 def test_however_an_answer_is_cut_the_same_comes_out_and_little_is_held_back(
     text: str, cuts: list[int], screened: bool
 ) -> None:
-    values = {"<EMAIL_1>": "alice@example.com", "<TEXT_1>": "<EMAIL_1>"}
+    values = {"<EMAIL_1>": "alice@example.com", "<TEXT_1>": "<EMAIL_1>", "<NATIONAL_ID_999999>": "12345678Z"}
     expected = whole(values, screened, text)
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     for pieces in ([text[a:b] for a, b in itertools.pairwise(places)], list(text)):
@@ -109,6 +109,10 @@ def test_a_value_keeps_its_placeholder_and_another_gets_the_next() -> None:
 def test_a_name_that_was_given_once_is_taken_out_wherever_it_stands() -> None:
     _, redacted = mapping("Ask Alice Smith. My name is Alice Smith, and Alice Smithson is another.")
     assert redacted == "Ask <NAME_1>. My name is <NAME_1>, and Alice Smithson is another."
+    said = sent(
+        [{"role": "user", "content": "My name is Alice Smith."}, {"role": "user", "content": "Greet Alice Smith."}]
+    )
+    assert said[1]["content"] == "Greet <NAME_1>."
     _, redacted = mapping("我叫王小明，王小明今年三十岁")
     assert redacted == "我叫<NAME_1>，<NAME_1>今年三十岁"
 

@@ -63,7 +63,7 @@ def boot(llm_os_kernel: Callable[..., llm_os.Kernel], model: Any) -> Callable[..
 
     def boot(*plugins: str, **options: Any) -> llm_os.Kernel:
         names = (model.__name__, *(plugins or ("redact",)))
-        return llm_os_kernel(driver="scripted", plugins=names, options={"redact": options})
+        return llm_os_kernel(driver="scripted", plugins=names, options={"redact": options} if options else {})
 
     return boot
 
@@ -96,6 +96,18 @@ def test_samples_and_forks_of_a_prompt_are_restored(boot: Callable[..., llm_os.K
     streams = boot().samples(ask("My name is Alice Smith, alice@example.com"), 4)
     assert {stream.result().text for stream in streams} == {"Hello Alice Smith, I wrote to alice@example.com."}
     assert all("alice" not in text.lower() for text in model.seen)
+
+
+def test_a_fork_in_mid_answer_is_restored_from_the_beginning(boot: Callable[..., llm_os.Kernel], model: Any) -> None:
+    model.answer = "Hello <NAME_1>, I wrote to <EMAIL_1>. " * 100
+    kernel = boot()
+    parent = kernel.stream(ask("My name is Alice Smith, alice@example.com"))
+    next(iter(parent))
+    child = kernel.fork(parent.pid)
+    told = "".join(chunk.text for chunk in child)
+    whole = "Hello Alice Smith, I wrote to alice@example.com. " * 100
+    assert child.result().text == parent.result().text == whole
+    assert told and whole.endswith(told)
 
 
 def test_the_next_turn_finds_the_last_one_in_the_prefix_cache(boot: Callable[..., llm_os.Kernel], model: Any) -> None:
