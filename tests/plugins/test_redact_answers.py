@@ -20,7 +20,8 @@ from llm_os.plugins.redact.options import Options
 FRAGMENTS = (
     "alice@example.com", "bob@example.org", "+49 170 1234567", "4111 1111 1111 1111", "DE89 3704 0044 0532 0130 00",
     "My name is Alice Smith", "Dear Mr. Jones,", "born on 12 March 1985", "password: hunter2!", "192.168.17.4",
-    "<EMAIL_1>", "<EMAIL_2>", "<TEXT_1>", "<NATIONAL_ID_999999>", "<EMAIL_", "<", ">", "1>", "_1", " ", "\n", "\n\n", "and", "we met", "Alice",
+    "<EMAIL_1>", "<EMAIL_2>", "<TEXT_1>", "<NATIONAL_ID_999999>",
+    "<EMAIL_", "<", ">", "1>", "_1", " ", "\n", "\n\n", "and", "we met", "Alice",
     "Smith", "4111", "Paris", "van", "12", "我叫王小明，", "谢谢", "１２", "\u200b", "x" * 70, "Aa " * 40, "1 " * 140,
 )  # fmt: skip
 TEXTS = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=8)), max_size=14).map("".join)
