@@ -84,7 +84,7 @@ def register_commands(register):
 
 
 def open_image(model):
-    return misbehave() if model == "sim:victim" else None
+    return misbehave() if model.startswith("sim:victim") else None
 
 
 def open_log(folder):
