@@ -30,6 +30,7 @@ class Mcp:
     def register_tools(self, register: RegisterTool, config: Config) -> None:
         """The approved tools of all servers. No server is started before one of its tools is called."""
         pins = Pins.read(_path(config))
+        pins.check(_path(config))
         if not pins.servers:
             return
         from llm_os.plugins.mcp.client import Connections

@@ -10,8 +10,8 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from llm_os.plugins.mcp.pins import MAX_DEFINITION, MAX_TOOLS, Definition, Pins,
 CONNECT_S = 30.0
 CALL_S = 60.0
 PING_S = 5.0
+MAX_RESULT = 1 << 20  # characters of an answer
 
 
 class Connection:
@@ -57,7 +58,7 @@ class Connection:
                         ready(None)
                         await self._leave.wait()
         except BaseException as error:
-            ready(error)
+            ready(error if isinstance(error, Exception) else PluginError("the kernel is closed"))
             if not isinstance(error, Exception):
                 raise
         finally:
@@ -84,7 +85,7 @@ class Connection:
         """What the server says of its tools now. Raises PluginError where that is out of all bounds."""
         found: list[Definition] = []
         cursor = None
-        while True:
+        for _ in range(MAX_TOOLS):  # a page may be empty and have a next one
             page = await self._client.list_tools(cursor=cursor, cache_mode="refresh")
             for tool in page.tools:
                 found.append(
@@ -99,6 +100,7 @@ class Connection:
             cursor = page.next_cursor
             if not cursor:
                 return tuple(found)
+        raise PluginError(f"MCP server {self.name!r} lists its tools on more than {MAX_TOOLS} pages")
 
     async def call(self, pinned: Definition, arguments: dict[str, Any]) -> str:
         """The text of a tool's answer. Raises PluginError if its definition is not the one that was approved."""
@@ -110,6 +112,9 @@ class Connection:
             )
         result = await self._client.call_tool(pinned.name, arguments, CALL_S)
         text = _text(result)
+        if len(text) > MAX_RESULT:
+            said = f"tool {pinned.name!r} of MCP server {self.name!r} answered {len(text)} characters"
+            raise PluginError(f"{said}; {MAX_RESULT} are the most")
         if result.is_error:
             raise PluginError(f"tool {pinned.name!r} of MCP server {self.name!r}: {text}")
         return text
@@ -152,10 +157,14 @@ class Connections:
             self._open.clear()
         if thread is None or portal is None:
             return
-        for connection, _ in opened:
-            portal.call(connection.leave)
+        for connection, task in opened:
+            if connection.alive:
+                portal.call(connection.leave)
+            else:  # it has not answered yet
+                task.cancel()
         for _, task in opened:
-            task.exception()
+            with suppress(CancelledError):
+                task.exception()
         thread.__exit__(None, None, None)
 
     def _call(self, name: str, definition: Definition, arguments: Mapping[str, Any]) -> str:
@@ -166,7 +175,7 @@ class Connections:
             with self._opening[name]:
                 connection, portal = self._connection(name)
             try:
-                return portal.call(method, connection, *arguments)
+                return portal.call(_limited, method, connection, *arguments)
             except Error:
                 raise
             except Exception:
@@ -188,7 +197,8 @@ class Connections:
             portal = self._portal
         assert portal is not None
         portal.call(connection.leave)
-        found[1].exception()
+        with suppress(CancelledError):
+            found[1].exception()
 
     def _connection(self, name: str) -> tuple[Connection, BlockingPortal]:
         with self._lock:
@@ -208,10 +218,17 @@ class Connections:
                 ready.set_exception(error) if error is not None else ready.set_result(None)
 
         task = portal.start_task_soon(connection.run, told)
-        ready.result(CONNECT_S + 5)
         with self._lock:
+            if self._closed:
+                task.cancel()
             self._open[name] = connection, task
+        ready.result(CONNECT_S + 5)
         return connection, portal
+
+
+async def _limited(method: Callable[..., Any], *arguments: Any) -> Any:
+    with anyio.fail_after(2 * CALL_S):
+        return await method(*arguments)
 
 
 def tool_name(server: str, tool: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import anyio
@@ -22,6 +23,7 @@ def mcp(
     yes: bool = False,
     port: int | None = None,
     memory: str | None = None,
+    file: Path | None = None,
 ) -> int:
     """Use tools of MCP servers, or serve this machine's models to MCP clients.
 
@@ -47,10 +49,12 @@ def mcp(
         Serve over HTTP at http://127.0.0.1:PORT/mcp.
     memory
         The kernel's budget when it serves, such as 2GiB.
+    file
+        Where servers and approvals are kept, if not in ~/.config/llm-os/mcp.json.
     """
     if action == "serve":
         return _serve(port, memory)
-    path = default_path()
+    path = file or default_path()
     pins = Pins.read(path)
     if action == "list":
         _list(pins)
@@ -89,13 +93,18 @@ def _list(pins: Pins) -> None:
 
 def _approve(name: str, server: Server, yes: bool) -> tuple[Definition, ...] | None:
     """What the server has now, if a person says so."""
-    from llm_os.plugins.mcp.client import Connections
+    from llm_os.plugins.mcp.client import Connections, tool_name
 
     connections = Connections(Pins(servers={name: server}))
     try:
         found = connections.definitions(name)
     finally:
         connections.close()
+    taken: dict[str, str] = {}
+    for tool in found:
+        other = taken.setdefault(tool_name(name, tool.name), tool.name)
+        if other != tool.name:
+            raise ConfigError(f"tools {other!r} and {tool.name!r} of {name} would both be {tool_name(name, other)!r}")
     before = {tool.name: tool for tool in server.tools}
     now = {tool.name: tool.pinned() for tool in found}
     changed = [tool for tool in now.values() if before.get(tool.name) != tool]
@@ -115,8 +124,15 @@ def _approve(name: str, server: Server, yes: bool) -> tuple[Definition, ...] | N
 
 
 def _shown(text: str) -> str:
-    """A server's text, without what could move the cursor or hide what follows."""
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" if c not in "\n" else "\n  " for c in text)
+    """A server's text, without what could move the cursor or hide: what is not seen is written out."""
+    return "".join("\n  " if c == "\n" else c if _seen(c) else f"\\u{ord(c):04x}" for c in text)
+
+
+def _seen(character: str) -> bool:
+    """Not for variation selectors, fillers and joiners, which print as nothing (Default_Ignorable_Code_Point)."""
+    code = ord(character)
+    ignorable = code in (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0) or 0xFE00 <= code <= 0xFE0F
+    return character.isprintable() and not ignorable and not 0xE0000 <= code <= 0xE0FFF
 
 
 def _serve(port: Annotated[int | None, "loopback"], memory: str | None) -> int:

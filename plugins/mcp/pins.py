@@ -74,15 +74,19 @@ class Pins(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ConfigError(f"{path}: {error.strerror}") from error
         except (msgspec.DecodeError, ValueError) as error:
             raise ConfigError(f"{path}: {error}; mend it, or remove it and add the servers again") from None
-        for name, server in pins.servers.items():
+        for name in pins.servers:
             check_name(name)
+        return pins
+
+    def check(self, path: Path) -> None:
+        """Raises ConfigError where a definition is not the one that was approved."""
+        for name, server in self.servers.items():
             for tool in server.tools:
                 if tool.sha256 != tool.fingerprint():
                     raise ConfigError(
                         f"{path}: the definition of {tool.name!r} of {name!r} is not what its hash says; "
                         f"llm-os mcp approve {name}"
                     )
-        return pins
 
     def write(self, path: Path) -> None:
         """All of it or nothing; only its owner may read it. Raises ConfigError."""

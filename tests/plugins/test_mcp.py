@@ -175,6 +175,51 @@ def test_a_server_that_cannot_be_reached_is_named(server: Server, message: str) 
         connections.close()
 
 
+PAGES = """
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    answers = {
+        "initialize": {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {"tools": {}},
+            "serverInfo": {"name": "x", "version": "1"},
+        },
+        "tools/list": {"tools": [], "nextCursor": "more"},
+    }
+    if "id" in asked:
+        result = answers.get(asked["method"])
+        answer = {"result": result} if result is not None else {"error": {"code": -32601, "message": "no such method"}}
+        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], **answer}), flush=True)
+"""
+
+
+def test_a_list_of_tools_that_never_ends_is_ended() -> None:
+    connections = Connections(Pins(servers={"x": Server(command=(sys.executable, "-c", PAGES))}))
+    try:
+        with pytest.raises(llm_os.PluginError, match="on more than 256 pages"):
+            connections.definitions("x")
+    finally:
+        connections.close()
+
+
+def test_what_cannot_be_seen_is_written_out(home: Path, server: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "description").write_text("Adds.\u3164\U000e0041\u202e")
+    mcp("add", "notes", *server, yes=True)
+    assert "Adds.\\u3164\\ue0041\\u202e" in capsys.readouterr().out
+
+
+def test_a_damaged_definition_can_be_approved_again_or_removed(kernel: Any, home: Path, server: list[str]) -> None:
+    path = default_path()
+    path.write_text(path.read_text().replace("Adds two numbers.", "Adds three numbers."))
+    with pytest.raises(llm_os.ConfigError, match="is not what its hash says; llm-os mcp approve notes"):
+        kernel()
+    assert mcp("approve", "notes", yes=True) == 0
+    assert named(kernel(), "notes_add").description == "Adds two numbers."
+    assert mcp("remove", "notes") == 0
+    assert kernel().tools == ()
+
+
 MANY = """
 from mcp.server.mcpserver import MCPServer
 server = MCPServer("many")
