@@ -92,8 +92,8 @@ class RegisterCommand(Protocol):
 def register_drivers(register: RegisterDriver) -> None:
     """Offer devices: call `register(name, factory, probe)` for each.
 
-    Called once per kernel, at boot, in the plugin's own thread. `factory` is called by the thread that builds the kernel,
-    only if `Config.driver` names it, `probe` by `llm-os doctor` and by the choice of "auto". Neither may be slow to
+    Called once per kernel, at boot, in the plugin's own thread. `factory` is called by the thread that builds the
+    kernel, if `Config.driver` names it; `probe` by `llm-os doctor` and by the choice of "auto". Neither may be slow to
     import: import inside. Since 1.
     """
 
