@@ -16,7 +16,7 @@ from cyclopts import Parameter
 import llm_os
 from llm_os.shell import scaffold, settings
 from llm_os.shell.options import FLAG
-from llm_os.shell.stdio import one_line, printable, say
+from llm_os.shell.stdio import one_line, say
 
 _NO_SANDBOX = (
     "A plugin is Python code that runs in the kernel's process and can do whatever you can do. It is in no sandbox, "
@@ -70,10 +70,10 @@ def info(name: str, /, *, json: Annotated[bool, FLAG] = False) -> None:
         print(json_text.dumps(report))
         return
     for line in _described(report):
-        print(printable(line))
+        print(one_line(line))
     print(f"enabled       {'yes' if report['enabled'] else 'no'}")
     if report["problem"]:
-        print(printable(f"problem       {report['problem']}"))
+        print(one_line(f"problem       {report['problem']}"))
 
 
 def enable(name: str, /, *, yes: Annotated[bool, Parameter(alias="-y"), FLAG] = False) -> int:

@@ -190,6 +190,22 @@ def test_info_shows_the_manifest(file: Path, installed: str, capsys: pytest.Capt
         plugins.info("policeis")
 
 
+def test_a_manifest_cannot_forge_lines_or_move_the_cursor(
+    file: Path, installed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = "x\\ncapabilities  none\\u001b[2K"
+    evil = f'[too_new]\nsummary = "{summary}"\ncontract = 1\nhooks = []\ncapabilities = ["secrets"]\n'
+    (tmp_path / "site" / "too_new" / "llm_os.toml").write_text(evil)
+    plugins.info("too_new")
+    plugins.list_plugins()
+    with pytest.raises(llm_os.ConfigError, match="nobody can be asked"):
+        plugins.enable("too_new")
+    shown = capsys.readouterr()
+    for text in (shown.out, shown.err):
+        assert "\x1b" not in text and "capabilities  none" not in text.splitlines()
+        assert "capabilities  secrets" in text.splitlines()
+
+
 def test_a_plugin_whose_manifest_has_a_problem_is_not_enabled(file: Path, installed: str) -> None:
     with pytest.raises(llm_os.ConfigError, match="'too_new' cannot be enabled: it is for contract 999"):
         plugins.enable(installed, yes=True)
