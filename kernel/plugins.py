@@ -242,10 +242,16 @@ class Plugins:
         while (parts := base.rpartition("+"))[2] in self._passes:  # "+" may be part of a file's name
             base = parts[0]
             passes.insert(0, parts[2])
-        image: Image | None = self._first("open_image", Image, {"model": base, "config": self._config}, FILES_LIMIT_S)
+        try:
+            asked = {"model": base, "config": self._config}
+            image: Image | None = self._first("open_image", Image, asked, FILES_LIMIT_S)
+        except ModelNotFound as error:
+            if "+" not in base:
+                raise
+            known = ", ".join(self._passes) or "none, until a plugin such as quantize is enabled"
+            raise ModelNotFound(f"{error}; or a pass, after the +: there is {known}") from error
         if image is None:
-            hint = f"; passes are: {', '.join(self._passes)}" if "+" in base and self._passes else ""
-            raise ModelNotFound(f"no plugin knows a model named {base!r}; `llm-os models` lists what is here{hint}")
+            raise ModelNotFound(f"no plugin knows a model named {base!r}; `llm-os models` lists what is here")
         for name in passes:
             image = self._apply(name, image)
         return image
