@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 import time
@@ -21,6 +20,7 @@ from llm_os.kernel.compression import Pass
 from llm_os.kernel.config import Config
 from llm_os.kernel.constraint import Compiled
 from llm_os.kernel.driver import DeviceInfo, Driver, DriverFactory, DriverProbe
+from llm_os.kernel.enabling import enable
 from llm_os.kernel.errors import (
     ConfigError,
     DriverError,
@@ -35,9 +35,9 @@ from llm_os.kernel.filters import Filter, TextFilter
 from llm_os.kernel.grammar import Grammar
 from llm_os.kernel.guarded import Filtering, GuardedPolicy, lacks, opened
 from llm_os.kernel.image import Image
-from llm_os.kernel.isolation import Guard, Health, Lane, told, within
+from llm_os.kernel.isolation import Guard, Health, Lane, told
 from llm_os.kernel.journal import Log
-from llm_os.kernel.manifest import Manifest, choose
+from llm_os.kernel.manifest import choose
 from llm_os.kernel.policy import Fair, Policy, PolicyFactory
 from llm_os.kernel.request import Request
 from llm_os.kernel.residency import ModelInfo
@@ -65,7 +65,7 @@ class Plugins:
         self._masks = {name: Lane(lane.health, config.hook_limit_s) for name, lane in self._lanes.items()}
         self._guard = Guard(config.hook_limit_s)
         for manifest in self.manifests:
-            self._enable(manifest)
+            enable(self._manager, manifest, FILES_LIMIT_S)
         self._drivers: dict[str, tuple[DriverFactory, DriverProbe]] = {}
         self._policies: dict[str, tuple[Lane, PolicyFactory]] = {}
         self._filters: dict[str, tuple[Lane, Filter]] = {}
@@ -87,46 +87,6 @@ class Plugins:
         self.watching = self.filtering or self._wants("step_finished") or self._wants("process_exited")
 
     # -- boot --------------------------------------------------------------------------------------------------------
-
-    def _enable(self, manifest: Manifest) -> None:
-        try:
-            plugin = within(FILES_LIMIT_S, partial(_load, manifest.module))
-        except Exception as error:
-            name, what = manifest.name, " ".join(f"{type(error).__name__}: {error}".split())
-            way = f"repair it, or llm-os plugins disable {name}"
-            raise ConfigError(f"plugin {name!r} cannot be imported: {what}; {way}") from error
-        try:
-            self._manager.register(plugin, manifest.name)
-            self._manager.check_pending()
-        except ValueError as error:
-            raise ConfigError(f"plugin {manifest.name!r} is {manifest.module}, as another plugin is") from error
-        except pluggy.PluginValidationError as error:
-            what = " ".join(str(error).split())
-            raise ConfigError(f"plugin {manifest.name!r} does not fit the hooks of docs/hooks.md: {what}") from None
-        implemented = {caller.name for caller in self._manager.get_hookcallers(plugin) or ()}
-        if undeclared := sorted(implemented - set(manifest.hooks)):
-            raise ConfigError(f"plugin {manifest.name!r} implements {', '.join(undeclared)}, but its manifest does not")
-        self._warn(manifest, plugin)
-
-    def _warn(self, manifest: Manifest, plugin: object) -> None:
-        """Of what works in this version of the contract for the last time."""
-        name = manifest.name
-        if manifest.contract < hookspecs.CONTRACT:
-            now = hookspecs.CONTRACT
-            _log.warning("plugin %r is for contract %d, and %d is the last to take it", name, manifest.contract, now)
-        for caller in self._manager.get_hookcallers(plugin) or ():
-            own, *more = (each for each in caller.get_hookimpls() if each.plugin is plugin)
-            if more or own.wrapper or own.hookwrapper:
-                raise ConfigError(f"plugin {name!r} implements {caller.name} twice, or around others; once and plainly")
-            for form in (caller.name, *(f"{caller.name}.{argument}" for argument in own.argnames)):
-                if (instead := hookspecs.DEPRECATED.get(form)) is not None:
-                    _log.warning(
-                        "plugin %r uses %s, which contract %d takes for the last time; %s",
-                        name,
-                        form,
-                        hookspecs.CONTRACT,
-                        instead,
-                    )
 
     def _register(self) -> None:
         config = self._config
@@ -378,15 +338,6 @@ class Plugins:
             lane.shut()
         for lane in lanes:
             lane.wait(until)
-
-
-def _load(module: str) -> object:
-    """A module, or what "module:name" says in it. A class is made an object: one for each kernel."""
-    name, _, attribute = module.partition(":")
-    plugin: object = importlib.import_module(name)
-    for part in filter(None, attribute.split(".")):
-        plugin = getattr(plugin, part)
-    return plugin() if isinstance(plugin, type) else plugin
 
 
 def _copied(request: Request) -> Request:
