@@ -1,4 +1,4 @@
-"""What a tool is: a name, a schema, and something to call. Runs nothing; `plugins/tools.py` does."""
+"""What a tool is: a name, a schema, and something to call. Runs nothing; `plugins/tools/` does."""
 
 from __future__ import annotations
 

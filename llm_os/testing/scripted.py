@@ -47,7 +47,7 @@ class ScriptedImage(Struct, frozen=True, kw_only=True):
 
     def encode(self, text: str, *, raw: bool) -> list[int]:
         if raw:
-            return list(text.encode())
+            return list(text.encode(errors="replace"))
         return [
             token
             for part in _SPLIT.split(text)

@@ -7,6 +7,7 @@ llguidance has limits of its own, but some inputs pass by them: a chain of ten t
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -32,7 +33,7 @@ class Trial:
 
     def ask(self, kind: str, source: str, limits: dict[str, Any], options: dict[str, Any]) -> tuple[str, str]:
         """What is wrong with a grammar, and where in a schema: "" if nothing is. Raises RequestError where the trial
-        breaks its limits, OSError if there can be no process."""
+        breaks its limits, or does not start, OSError if there can be no process."""
         question = json.dumps({"kind": kind, "source": source, "limits": limits, "options": options}).encode()
         process = self._process
         if process is None or process.poll() is not None:
@@ -40,7 +41,7 @@ class Trial:
             process = self._start()
             if _within(_START_S, process, partial(_read, process))[0] is None:
                 self.close()
-                raise OSError(f"the process in which grammars are tried has not started in {_START_S:g} s")
+                raise RequestError(f"grammars cannot be tried here: their process was not there in {_START_S:g} s")
         reply, late = _within(LIMIT_S, process, partial(_exchange, process, question))
         if reply is None:
             code = process.wait()
@@ -64,7 +65,7 @@ class Trial:
     def _start(self) -> subprocess.Popen[bytes]:
         file = Path(__file__).with_name("trial_process.py")
         self._process = subprocess.Popen(  # noqa: S603 - our own file, no shell
-            [sys.executable, "-I", str(file)],
+            [sys.executable, "-I", str(file), *filter(os.path.isabs, sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

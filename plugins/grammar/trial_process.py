@@ -12,6 +12,8 @@ import sys
 import threading
 from typing import Any
 
+sys.path += [path for path in sys.argv[1:] if path not in sys.path]  # -I leaves out where the kernel found it
+
 import llguidance
 
 STACK = 1 << 20

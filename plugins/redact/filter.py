@@ -4,6 +4,7 @@ between two requests.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping as Fields
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from llm_os.plugins.redact.mapping import Mapping
 from llm_os.plugins.redact.options import Options
 
 _MAX_NESTING = 32
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 _AS_THEY_ARE = ("role", "type")  # fields of a message and of its parts that say what they are
 
 
@@ -76,7 +78,8 @@ class _Conversation:
         raise RequestError(f"messages hold a {type(value).__name__}; they may hold only what JSON can say")
 
     def _field(self, key: Any, item: Any, depth: int, parsed: bool) -> Any:
-        if key in _AS_THEY_ARE and isinstance(item, str) and item.isidentifier():
+        of_a_message = depth >= _MAX_NESTING - 4 and not parsed  # or of a part of one, not of a call's arguments
+        if of_a_message and key in _AS_THEY_ARE and isinstance(item, str) and item.isidentifier():
             return item
         return self.redact(item, depth, parsed)
 
@@ -94,6 +97,9 @@ class _Conversation:
             redacted = self.redact(plain, parsed=True)
             if redacted != plain:
                 return msgspec.json.encode(redacted).decode()
+            spelt = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)  # of a key that is there twice, say
+            if (redacted := self.mapping.redact(spelt)) != spelt:
+                return redacted
         return self.mapping.redact(text)
 
     def _number(self, number: int) -> int | str:

@@ -114,7 +114,10 @@ class Toolbox:
 
 
 async def _awaited(value: Any) -> Any:
-    return await value
+    try:
+        return await value
+    except SystemExit as error:  # it ends the call, not the host
+        raise RuntimeError(_line(error)) from error
 
 
 async def _in_thread(

@@ -27,7 +27,7 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs,
-    "round": round,
+    "round": lambda number, digits=None: _round(number, digits),
     "min": min,
     "max": max,
     "sqrt": math.sqrt,
@@ -74,6 +74,11 @@ def _value(node: ast.expr) -> Any:
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
             return _bounded(_FUNCTIONS[name](*(_value(argument) for argument in arguments)))
     raise ValueError(f"there is no {type(node).__name__} in arithmetic")
+
+
+def _round(number: Any, digits: Any) -> Any:
+    """10 ** -digits is computed in one go, while nobody else can run: so digits are few."""
+    return round(number) if digits is None else round(number, max(-400, min(400, digits)))
 
 
 def _check_power(base: Any, exponent: Any) -> None:

@@ -33,7 +33,7 @@ from llm_os import ConfigError, Tool
 
 Answer = Literal["once", "session", "always", "no"]
 _LONGEST = 1024  # characters of a class of arguments
-_UP = re.compile(r"(?:^|[/\\:])\.\.(?:[/\\]|$)")
+_UP = re.compile(r"(?<![^/\\:\"'=,\s])\.\.(?![^/\\\"',\s])")  # as a part of a path, in JSON and options too
 _log = logging.getLogger("llm_os.tools")
 
 
@@ -83,7 +83,7 @@ class Permissions:
         except Exception as error:
             _log.warning("tool %s cannot say what it is asked for: %r", tool.name, error)
             return " ".join(f"it is not permitted: {error}".split())[:500]
-        if not isinstance(what, str) or len(what) > _LONGEST:
+        if not isinstance(what, str) or len(what) > _LONGEST or not _is_text(what):
             return "it is not permitted: what it is asked for cannot be told"
         decision = self._decide(tool.name, what)
         if decision == "deny":
@@ -107,7 +107,7 @@ class Permissions:
     def _decide(self, tool: str, what: str) -> str | None:
         """By the first rule that fits."""
         for rule in self._rules:
-            if fnmatchcase(tool, rule.tool) and fnmatchcase(what, rule.what):
+            if _fits(tool, rule.tool) and _fits(what, rule.what):
                 if rule.decision == "allow" and _UP.search(what):
                     continue
                 return rule.decision
@@ -129,6 +129,9 @@ class Permissions:
             if answer == "session" or (answer == "always" and self._file is None):
                 self._session.add(key)
             elif answer == "always":
+                assert self._file is not None
+                with suppress(ConfigError):  # what has been granted or revoked there since
+                    self._always = _read(self._file)
                 self._always.add(key)
                 self._write()
             elif answer != "once":
@@ -151,6 +154,20 @@ class Permissions:
                 raise
         except OSError as error:
             _log.warning("%s: what is allowed always cannot be kept: %s", self._file, error.strerror or error)
+
+
+def _fits(text: str, pattern: str) -> bool:
+    """`*` and `?` are special, and nothing else: a program's class begins with a bracket."""
+    return fnmatchcase(text, pattern.replace("[", "[[]"))
+
+
+def _is_text(what: str) -> bool:
+    """Half a surrogate, which JSON can say, is in no file and no question."""
+    try:
+        what.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Granted(Struct, forbid_unknown_fields=True):

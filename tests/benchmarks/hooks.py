@@ -16,6 +16,7 @@ from time import process_time
 
 import llm_os
 
+LIMIT_US = 5.0
 ROUNDS, STREAMS, ANSWER, REPEATS = 5, 8, 200, 5
 EVENTS = """
 import llm_os
@@ -73,9 +74,11 @@ def main() -> None:
                 times[kind].append(step_cost(plugins))
     base = statistics.median(times["no plugin"])
     print(f"a step of {STREAMS} processes without plugins: {base:.0f} us of processor time")
-    for kind in ("no hook", "events"):
-        each = (statistics.median(times[kind]) - base) / count
+    costs = {kind: (statistics.median(times[kind]) - base) / count for kind in ("no hook", "events")}
+    for kind, each in costs.items():
         print(f"each installed plugin that does nothing ({kind}): {each:+.2f} us a step")
+    if max(costs.values()) > LIMIT_US:
+        sys.exit(f"the aim is {LIMIT_US} us")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -169,3 +170,47 @@ def test_rules_are_read_from_json_strictly() -> None:
     assert rule == Rule(tool="a", decision="allow")
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(b'{"tool": "a", "decision": "yes"}', type=Rule)
+
+
+def command(*arguments: str) -> str:
+    """The class of a program's arguments."""
+    return json.dumps(list(arguments), separators=(",", ":"))
+
+
+@pytest.mark.parametrize("path", ["../secret", "a/../b", "a/..", "..", "x=../b", "--file=../b", "a/../"])
+def test_no_rule_lets_a_program_out_of_its_folder(path: str) -> None:
+    rule = Rule(tool="show", what="*", decision="allow")
+    for what in (command("cat", "--", path), f"read:{path}"):
+        assert not allowed(Permissions([rule]), name="show", argument_class=lambda _, what=what: what)
+
+
+@pytest.mark.parametrize("path", ["a", "a..b", "a/..b", "b../c", "..."])
+def test_two_dots_in_a_name_lead_nowhere(path: str) -> None:
+    rule = Rule(tool="show", what="*", decision="allow")
+    assert allowed(Permissions([rule]), name="show", argument_class=lambda _: command("cat", "--", path))
+
+
+def test_a_rule_that_is_copied_from_a_programs_class_fits_it() -> None:
+    rules = [
+        Rule(tool="cat", what=command("cat", "--", "secret.txt"), decision="deny"),
+        Rule(tool="cat", what='["cat","--","*.txt"]', decision="allow"),
+    ]
+    for path, expected in (("secret.txt", False), ("a.txt", True), ("a.png", False)):
+        what = command("cat", "--", path)
+        assert allowed(Permissions(rules), name="cat", argument_class=lambda _, what=what: what) is expected
+
+
+def test_what_was_revoked_in_the_file_stays_revoked(tmp_path: Path) -> None:
+    file = tmp_path / "granted.json"
+    permissions = Permissions(ask=Person("always", "always"), file=file)
+    assert allowed(permissions, "a")
+    file.write_text('{"granted": []}')
+    assert allowed(permissions, "b")
+    assert [what for _, what in msgspec.json.decode(file.read_bytes())["granted"]] == ["write:b"]
+
+
+def test_half_a_character_is_refused_and_leaves_the_file_whole(tmp_path: Path) -> None:
+    file = tmp_path / "granted.json"
+    permissions = Permissions(ask=Person("always", "always"), file=file)
+    assert allowed(permissions, "a") and not allowed(permissions, "\ud800")
+    assert allowed(Permissions(file=file), "a")

@@ -207,7 +207,16 @@ def test_schemas_of_strangers_end() -> None:
 
 @pytest.mark.parametrize(
     ("expression", "result"),
-    [("2 * (3 + 4) ** 2", "98"), ("sqrt(2)", "1.4142135623730951"), ("7 // 2", "3"), ("-pi", "-3.141592653589793")],
+    [
+        ("2 * (3 + 4) ** 2", "98"),
+        ("sqrt(2)", "1.4142135623730951"),
+        ("7 // 2", "3"),
+        ("-pi", "-3.141592653589793"),
+        ("round(1.25, 1)", "1.2"),
+        ("round(2.6)", "3"),
+        ("round(1, -10**9)", "0"),
+        ("round(1.5, 10**9)", "1.5"),
+    ],
 )
 def test_the_calculator_calculates(expression: str, result: str) -> None:
     assert CALCULATOR.call({"expression": expression}) == result
