@@ -103,7 +103,16 @@ class Faults:
         return wanted
 
     def _bring(self, model: Model, order: Order, now: float, processes: Callable[[], Iterable[Process]]) -> bool:
-        """True if its load has begun."""
+        """True if its load has begun. If not, an operation is in flight after which it is tried again, or it waits for
+        others to end."""
+        while (done := self._approach(model, order, now, processes)) is None:
+            continue  # room was there at once: nothing in flight would bring us back here
+        return done
+
+    def _approach(
+        self, model: Model, order: Order, now: float, processes: Callable[[], Iterable[Process]]
+    ) -> bool | None:
+        """One step. None if there is more room now."""
         missing = self._residency.frames_missing(model)
         if 0 < missing <= self._memory.reclaimable:
             self._pager.free_frames(missing)
@@ -118,28 +127,31 @@ class Faults:
             if not quiet:
                 return False  # pages that are in use now may move out of the way then
         alone = self._residency.alone(model, used=missing <= 0)
-        if not self._make_room(model, order, now, pages=missing > 0) and quiet and alone:
+        if self._free_weights(model, order, now):
+            return False
+        if missing > 0 and (process := self._holder(model, now)) is not None:
+            at_once = self._pager.take(process)
+            self._scheduler.note_pages(process)
+            return None if at_once else False
+        if not self._waits and quiet and alone:
             fixed = "does not fit between the models that cannot be evicted"
             raise Refused(f"{model.name} {fixed}; unpin one, or load it before them")
         return False
 
-    def _make_room(self, model: Model, order: Order, now: float, pages: bool) -> bool:
-        """One more step: weights that may go, and where frames are short, not only scattered, KV. False if there is
-        nothing to be done and nothing to wait for."""
+    def _free_weights(self, model: Model, order: Order, now: float) -> bool:
+        """Start to evict another model, if one may go."""
         idle = self._residency.idle()
         if idle is not None:
             self._residency.evict(idle)
             return True
-        nice = self._nice(model)
-        victim = self._displaceable(model, order, nice, now)
+        victim = self._displaceable(model, order, self._nice(model), now)
         if victim is not None:
             self.displace(victim, now)
-            return True
-        process = (self._scheduler.last_idle() or self._scheduler.last_active(nice, now)) if pages else None
-        if process is not None:
-            self._pager.take(process)
-            self._scheduler.note_pages(process)
-        return process is not None or self._waits
+        return victim is not None
+
+    def _holder(self, model: Model, now: float) -> Process | None:
+        """Whose pages go for it."""
+        return self._scheduler.last_idle() or self._scheduler.last_active(self._nice(model), now)
 
     def _displaceable(self, newcomer: Model, order: Order, nice: int, now: float) -> Model | None:
         """A model all of whose processes are of a later class than `nice`, or that has had its slice and none of whose
