@@ -175,6 +175,8 @@ def _extend(arguments: Sequence[str]) -> None:
         app.command(command, name=name, help=help)
     for problem in problems:
         stdio.say(f"llm-os: {problem}")
+    if arguments and arguments[0] not in app and (off := extensions.off(arguments[0])):
+        raise llm_os.ConfigError(f"{arguments[0]} comes with a plugin that is off; llm-os plugins enable {off}")
 
 
 def _interrupted() -> NoReturn:

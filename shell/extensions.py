@@ -11,6 +11,12 @@ from llm_os.shell import settings
 Commands = dict[str, tuple[Callable[..., Any], str]]
 
 
+def off(command: str) -> str | None:
+    """The plugin, installed and not enabled, that may bring this command: one of the same name."""
+    named = (each for each in llm_os.installed_plugins() if each.name == command)
+    return next((each.name for each in named if each.problem is None and "register_commands" in each.hooks), None)
+
+
 def commands(known: Collection[str]) -> tuple[Commands, list[str]]:
     """name -> (function, help), and what went wrong, a line for each. `known` are the names that are taken.
 

@@ -137,7 +137,7 @@ def new(name: str, /, *, into: Path = Path()) -> None:
     taken = {manifest.name for manifest in llm_os.installed_plugins()}
     folder = scaffold.write(name, into, taken)
     plugin = scaffold.module_of(name)
-    say(f"next: pip install -e {folder}, pytest {folder}, llm-os plugins enable {plugin}")
+    say(f"next: pip install pytest hypothesis -e {folder}, pytest {folder}, llm-os plugins enable {plugin}")
     print(folder)
 
 

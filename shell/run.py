@@ -29,7 +29,7 @@ def run(
     form: GrammarOptions | None = None,
     sampling: SamplingOptions | None = None,
     machine: MachineOptions | None = None,
-) -> None:
+) -> int:
     """Answer one prompt. The answer goes to stdout as it comes, all else to stderr.
 
     Parameters
@@ -74,8 +74,12 @@ def run(
             out.end()
     if json:
         print(json_text.dumps(_report(completion)), flush=True)
+    elif completion.finish_reason != "stop" and chosen.grammar is not None:
+        say(f"llm-os: the answer was cut before it matched its grammar ({_counts(completion)}); raise --max-tokens")
+        return 1
     elif completion.finish_reason == "length" and chosen.max_tokens is None:
         say(f"llm-os: the answer ends here because there is no more room for it ({_counts(completion)})")
+    return 0
 
 
 def _prompt(given: str | None, raw: bool) -> str:

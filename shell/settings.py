@@ -65,7 +65,7 @@ def check(names: list[str]) -> None:
         problem = "it is not installed" if manifest is None else manifest.problem
         if problem is not None:
             raise llm_os.ConfigError(
-                f"plugin {name!r} is enabled in {path()}, but {problem}; or: llm-os plugins disable {name}"
+                f"plugin {name!r} is enabled in {path()}, but {problem}; llm-os plugins disable {name} forgets it"
             )
 
 

@@ -33,7 +33,7 @@ class GrammarPlugin:
         try:
             from llm_os.plugins.grammar import engine
         except ImportError as error:
-            raise RequestError(f"grammars need llguidance; pip install 'llm-os-runtime[grammar]' ({error})") from None
+            raise RequestError(f"grammars need llguidance; pip install llguidance ({error})") from None
         vocabulary = self._vocabulary(image)
         key = (id(vocabulary), grammar.kind, grammar.source)
         if key not in self.languages:

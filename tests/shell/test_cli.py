@@ -152,3 +152,10 @@ def test_a_name_cannot_steer_the_terminal(run):
     done = run("run", "\x1b]0;owned\x07", "hi", *SIM)
     assert "\x1b" not in done.stderr
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("command", ["redact", "mcp", "quantize"])
+def test_a_command_of_a_plugin_that_is_off_says_which(run, command):
+    done = run(command, "x")
+    assert done.returncode == 2
+    assert done.stderr == f"llm-os: {command} comes with a plugin that is off; llm-os plugins enable {command}\n"

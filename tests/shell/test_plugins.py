@@ -141,7 +141,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(written: Path, monkeypatch
 def test_an_enabled_plugin_that_is_gone_is_told_with_the_way_out(written: Path) -> None:
     written.write_text('plugins = ["gone"]')
     with pytest.raises(
-        llm_os.ConfigError, match=r"'gone' is enabled in .* not installed; or: llm-os plugins disable gone"
+        llm_os.ConfigError, match=r"'gone' is enabled in .* not installed; llm-os plugins disable gone forgets it"
     ):
         settings.config()
     assert plugins.disable("gone") == 0

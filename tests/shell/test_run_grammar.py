@@ -40,3 +40,11 @@ def test_a_grammar_that_cannot_be_used_is_said_in_one_line(run, sim, options, me
     done = run("run", "sim:a", "hi", *options, *sim)
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_answer_that_is_cut_before_it_matches_is_said_to_be(run, sim):
+    cut = run("run", "sim:a", "hi", "--regex", "[ab]{30}", "-n", "5", *sim)
+    assert cut.returncode == 1 and len(cut.stdout.strip()) == 5
+    assert "the answer was cut before it matched its grammar" in cut.stderr and "raise --max-tokens" in cut.stderr
+    whole = run("run", "sim:a", "hi", "--regex", "[ab]{30}", "--json", "-n", "5", *sim)
+    assert whole.returncode == 0 and json.loads(whole.stdout)["finish_reason"] == "length"
