@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 MAX_FAILURES = 3
 _MAX_STEPS, _MAX_EVENTS = 1024, 65536  # that wait for a plugin
+_FEW = 64  # events that are still told when the kernel closes
+_LINGER_S = 0.02
 _LONGEST = 500  # characters of what went wrong
 _log = logging.getLogger("llm_os.plugins")
 
@@ -87,6 +89,7 @@ class Lane:
         self._current: tuple[_Job, float] | None = None  # what runs, and since when
         self._thread: threading.Thread | None = None
         self._waits = False  # the thread waits for a job
+        self._lingers = False  # it looks again in a moment: no event has to wake it, which costs more than the event
         self._closed = False
         self._missed = 0  # events that came too fast for the plugin
 
@@ -134,10 +137,11 @@ class Lane:
         self._put(_Job(hook, function, arguments, None, droppable))
 
     def shut(self) -> None:
-        """Take no more calls. What waits is still done, but for events that may be dropped."""
+        """Take no more calls. What waits is still done, but for events that may be dropped where there are many."""
         with self._ready:
             self._closed = True
-            kept = [job for job in self._jobs if not job.droppable]
+            slow = len(self._jobs) > _FEW
+            kept = [job for job in self._jobs if not (slow and job.droppable)]
             self._missed += len(self._jobs) - len(kept)
             self._jobs.clear()
             self._jobs.extend(kept)
@@ -171,8 +175,8 @@ class Lane:
             self._jobs.append(job)
             if self._thread is None:
                 self._start()
-            elif self._waits:
-                self._waits = False
+            elif self._waits or (self._lingers and job.future is not None):
+                self._waits = self._lingers = False
                 self._ready.notify()
 
     def _start(self) -> None:
@@ -186,11 +190,17 @@ class Lane:
                 if self._thread is not me:  # it was given up
                     return
                 self._current = None
+                lingered = False
                 while not self._jobs:
                     if self._closed:
                         return
-                    self._waits = True
-                    self._ready.wait()
+                    if lingered:
+                        self._waits = True
+                        self._ready.wait()
+                    else:
+                        self._lingers = lingered = True
+                        self._ready.wait(_LINGER_S)
+                        self._lingers = False
                     if self._thread is not me:
                         return
                 job = self._jobs.popleft()

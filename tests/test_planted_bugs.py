@@ -31,9 +31,9 @@ def test_the_simulator_catches_the_quick_ones_and_the_kernel_stays_as_it_was() -
 
 
 def test_a_bug_that_names_a_file_of_tests_is_caught_by_the_first_one_that_fails() -> None:
-    done = planted("--steps", "1", "share without weights")
+    done = planted("--steps", "1", "room at once goes unnoticed")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "caught by test_fair_share.py: test_weights_three_to_one_give_three_to_one" in done.stdout
+    assert "caught by test_model_faults.py: test_kv_of_one_who_is_blocked_goes_for_another_model" in done.stdout
 
 
 def test_a_bug_that_is_not_caught_is_exit_code_1() -> None:
