@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Callable
@@ -47,7 +46,6 @@ from llm_os.kernel.tool import Tool
 T = TypeVar("T")
 
 FILES_LIMIT_S = 60.0  # for importing a plugin, opening a model, applying a pass
-_log = logging.getLogger("llm_os.plugins")
 
 
 class Plugins:
