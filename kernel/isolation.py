@@ -276,13 +276,16 @@ def within(limit_s: float, function: Callable[[], T], late: Callable[[T], Any] =
 
 
 class Guard:
-    """Calls in one thread, the kernel's; watched from another, which starts with the first of them."""
+    """Calls in one thread, the kernel's; watched from another, which starts with the first of them.
+
+    The watcher may raise only while a call runs, or it would end the kernel. CPython looks for such an exception, and
+    for another thread that wants to run, after calls, at a function's start and when a loop goes round: between two
+    statements without any of these a thread is alone. Both sides rely on it, and on no lock."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._lock = threading.Lock()
         self._since: float | None = None
-        self._caller = 0
+        self._caller = ctypes.c_ulong(0)
         self._watched = False
         self._closed = threading.Event()
 
@@ -293,14 +296,20 @@ class Guard:
             return None
         if not self._watched:
             self._watch()
-        self._caller, self._since = threading.get_ident(), time.monotonic()
+        how = None
+        self._caller, self._since = ctypes.c_ulong(threading.get_ident()), time.monotonic()
         try:
-            result = function()
-            self._leave()
-        except BaseException as error:
-            self._leave()
-            overran = isinstance(error, _Overrun)
-            health.failed(hook, f"took longer than {self._limit_s:g} s" if overran else f"raised {told(error)}")
+            try:
+                result = function()
+                self._since = None  # alone
+            except BaseException as error:
+                self._since = None  # alone
+                how = self._late if isinstance(error, _Overrun) else f"raised {told(error)}"
+            time.monotonic()  # what was raised while `function` returned comes up here
+        except _Overrun:
+            how = self._late
+        if how is not None:
+            health.failed(hook, how)
             return None
         health.well(hook)
         return result
@@ -308,15 +317,9 @@ class Guard:
     def close(self) -> None:
         self._closed.set()
 
-    def _leave(self) -> None:
-        """The call is over. What was raised in this thread until then is raised before this returns."""
-        while True:
-            try:
-                with self._lock:
-                    self._since = None
-                return
-            except _Overrun:  # it came when the call had ended
-                continue
+    @property
+    def _late(self) -> str:
+        return f"took longer than {self._limit_s:g} s"
 
     def _watch(self) -> None:
         self._watched = True
@@ -324,13 +327,13 @@ class Guard:
 
     def _observe(self) -> None:
         """An exception may be swallowed where it comes up, by an `except:` say: so it is raised until the call ends."""
-        pause = self._limit_s / 4
+        pause, overrun = self._limit_s / 4, ctypes.py_object(_Overrun)
         while not self._closed.wait(pause):
-            with self._lock:  # the call cannot end while we interrupt it
-                over = self._since is not None and time.monotonic() - self._since >= self._limit_s
-                if over:
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._caller), ctypes.py_object(_Overrun))
-            pause = 0.002 if over else self._limit_s / 4
+            now, limit_s, interrupt = time.monotonic(), self._limit_s, ctypes.pythonapi.PyThreadState_SetAsyncExc
+            pause = limit_s / 4
+            if (since := self._since) is not None and now - since >= limit_s:
+                interrupt(self._caller, overrun)  # alone since `since` was read: it is still the same call
+                pause = 0.002
 
 
 class _Overrun(BaseException):

@@ -329,6 +329,16 @@ def test_a_policy_that_fails_is_replaced_by_fair_and_changes_no_answer(install: 
         assert [s.result().text for s in [kernel.stream(request) for request in requests]] == expected
 
 
+def test_an_interrupt_stays_inside_the_call_that_took_too_long() -> None:
+    """Freeing what such a call has piled up takes a while too, in which it is interrupted again."""
+    guard, health = Guard(0.1), Health("x")
+    for _ in range(10):
+        assert guard.call(health, "share", lambda: [() for _ in iter(int, 1)]) is None
+        health.off = None
+    assert guard.call(health, "share", lambda: 1) == 1
+    guard.close()
+
+
 VICTIM = """
 import llm_os
 asked = []
