@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from llm_os.kernel.config import Config
 from llm_os.kernel.driver import (
@@ -284,7 +284,7 @@ class SimDriver:
         start, end = rows.position, rows.position + len(rows.tokens)
         pages = [self._read(model, page) for page in rows.pages[: -(-start // size)]]
         cell = pages[-1][(start - 1) % size] if start else seed_of(image.name, rows.salt)
-        for position, token in enumerate(rows.tokens, start):
+        for position, token in enumerate(rows.fed, start):
             index, slot = divmod(position, size)
             if slot == 0 or position == start:
                 pages[index:] = [self._write(model, rows.pages[index])]
@@ -292,16 +292,27 @@ class SimDriver:
         if rows.sample is None:
             return None
         digest, left = int(model in self._spoiled), end
-        for cells in pages:
+        for cells in pages[: -(-end // size)]:
             for cell in cells[:left]:
                 digest = (digest * 0x100000001B3 ^ cell) & _M64  # fold, without the call
             left -= size
+        row, more = self._choose(digest, rows.sample, image), list[Sampled]()
+        last = row
+        for position, guess in enumerate(rows.guesses, end):
+            if not isinstance(last, Sampled) or last.token != guess.token:
+                break
+            digest = fold(digest, pages[position // size][position % size])
+            last = self._choose(digest, guess.sample, image)
+            if isinstance(last, Sampled):
+                more.append(last)
+        return structs.replace(row, more=tuple(more)) if more and isinstance(row, Sampled) else row
+
+    def _choose(self, digest: int, sample: Sample, image: SimImage) -> Row:
         try:
-            token = choose(digest, rows.sample, image.end_after)
+            token = choose(digest, sample, image.end_after)
         except Error as error:  # of the mask
             return RowError(str(error), error)
-        logprobs = rows.sample.logprobs
-        return Sampled(token) if logprobs is None else Sampled(token, 0.0, ((token, 0.0),)[:logprobs])
+        return Sampled(token) if sample.logprobs is None else Sampled(token, 0.0, ((token, 0.0),)[: sample.logprobs])
 
     def _read(self, model: str, page: int) -> list[int]:
         """The cells of a page, not to be changed."""

@@ -101,15 +101,36 @@ class Sample(Struct, frozen=True, kw_only=True):
     mask: Mask | None = None  # of the tokens that may be chosen, after penalties and bias, before all else; None is all
 
 
+class Guess(Struct, frozen=True):
+    """A token that may be what is chosen before it, and how to choose the one after it if so."""
+
+    token: int
+    sample: Sample
+
+
 class Sequence(Struct, frozen=True, kw_only=True):
-    """One process's share of a batch: feed `tokens` at `position`, then maybe choose the next one."""
+    """One process's share of a batch: feed `tokens` at `position`, then maybe choose the next one.
+
+    With `guesses`, feed them too, in order, behind `tokens`, and choose a token after each: one forward pass may bring
+    several tokens of an answer (`Sampled.more`). A driver that leaves them out is right, and no quicker.
+    """
 
     pid: int
     salt: int  # of the tenant; only `sim` reads it, to tell foreign pages apart
     tokens: tuple[int, ...]  # at least one
     position: int  # of tokens[0]
-    pages: tuple[int, ...]  # page table; covers position + len(tokens)
+    pages: tuple[int, ...]  # page table; covers position + len(tokens) + len(guesses)
     sample: Sample | None  # None while the prompt is not finished
+    guesses: tuple[Guess, ...] = ()  # only with a sample
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """Tokens, then guesses: what lies in the cells from `position` to `end` afterwards."""
+        return self.tokens + tuple([guess.token for guess in self.guesses]) if self.guesses else self.tokens
+
+    @property
+    def end(self) -> int:
+        return self.position + len(self.tokens) + len(self.guesses)
 
 
 class Batch(Struct, frozen=True, kw_only=True):
@@ -125,6 +146,8 @@ class Sampled(Struct, frozen=True):
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # the most likely tokens, best first
+    more: tuple[Sampled, ...] = ()  # what was chosen after each guess; it ends where the guess after that was wrong,
+    # since what follows a wrong guess is worth nothing: more[n] is there if all guesses up to n were what was chosen
 
 
 class RowError(Struct, frozen=True):

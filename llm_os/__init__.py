@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from llm_os.kernel.driver import Driver as Driver
     from llm_os.kernel.driver import Extent as Extent
     from llm_os.kernel.driver import Footprint as Footprint
+    from llm_os.kernel.driver import Guess as Guess
     from llm_os.kernel.driver import Move as Move
     from llm_os.kernel.driver import Placement as Placement
     from llm_os.kernel.driver import RowError as RowError
@@ -145,6 +146,7 @@ _HOMES = {
         "Driver",
         "Extent",
         "Footprint",
+        "Guess",
         "Move",
         "Placement",
         "RowError",

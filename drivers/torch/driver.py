@@ -14,11 +14,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import takewhile
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from llm_os.drivers.formats.architecture import Architecture
 from llm_os.drivers.formats.changed import stored
@@ -32,7 +33,18 @@ from llm_os.drivers.torch.linear import choose_format
 from llm_os.drivers.torch.page_cache import warm
 from llm_os.drivers.torch.pool import KvPool, Layout
 from llm_os.drivers.torch.sampler import sample
-from llm_os.kernel.driver import Batch, DeviceInfo, DeviceMemory, Footprint, Move, Placement, Row, Sample, Sequence
+from llm_os.kernel.driver import (
+    Batch,
+    DeviceInfo,
+    DeviceMemory,
+    Footprint,
+    Move,
+    Placement,
+    Row,
+    Sample,
+    Sampled,
+    Sequence,
+)
 from llm_os.kernel.errors import Closed, DriverError, Unsupported
 from llm_os.kernel.image import Image
 
@@ -201,24 +213,27 @@ class TorchDriver:
         resident = self._resident(batch.model)
         stretches = _lay_out(batch.sequences, resident)
         self._arena.claim(batch.model, {piece.frame for s in stretches for piece in s.layout.pieces(s.position, s.end)})
-        tokens = [token for sequence in batch.sequences for token in sequence.tokens]
+        tokens = [token for sequence in batch.sequences for token in sequence.fed]
         hidden = resident.decoder.forward(tokens, stretches, resident.pool)
         wishes: list[Sample] = []
-        chosen: list[int] = []
-        for index, sequence in enumerate(batch.sequences):
+        guesses: list[int | None] = []  # what the row was fed, if it was fed a guess
+        places: list[int] = []  # its row of `hidden`
+        owners: list[int] = []
+        for index, (sequence, stretch) in enumerate(zip(batch.sequences, stretches, strict=True)):
             if sequence.sample is not None:
-                chosen.append(index)
-                wishes.append(sequence.sample)
-        rows: list[Row] = [None] * len(batch.sequences)
-        if chosen:
-            last = torch.tensor([stretches[i].row + stretches[i].length - 1 for i in chosen], device=self._device)
-            done = 0
-            for logits in resident.decoder.logits(hidden[last]):
-                results = sample(logits, wishes[done : done + len(logits)])
-                for index, row in zip(chosen[done:], results, strict=False):
-                    rows[index] = row
-                done += len(logits)
-        return tuple(rows)
+                count = 1 + len(sequence.guesses)
+                wishes += [sequence.sample, *[guess.sample for guess in sequence.guesses]]
+                guesses += [None, *[guess.token for guess in sequence.guesses]]
+                places += range(stretch.row + stretch.length - count, stretch.row + stretch.length)
+                owners += [index] * count
+        chosen: list[Row] = []
+        for logits in resident.decoder.logits(hidden[torch.tensor(places, device=self._device)]) if places else ():
+            part = slice(len(chosen), len(chosen) + len(logits))
+            chosen += sample(logits, wishes[part], guesses[part], chosen[-1] if chosen else None)
+        rows: list[list[Row]] = [[] for _ in batch.sequences]
+        for index, row in zip(owners, chosen, strict=True):
+            rows[index].append(row)
+        return tuple(_joined(group) for group in rows)
 
     @contextmanager
     def _releasing(self) -> Iterator[None]:
@@ -241,21 +256,29 @@ def _contents(image: Image) -> _Contents:
     return cast(_Contents, image)
 
 
+def _joined(rows: list[Row]) -> Row:
+    """The rows of one sequence, the one for its last token and those for its guesses, as one."""
+    if len(rows) < 2 or not isinstance(rows[0], Sampled):
+        return rows[0] if rows else None
+    more = takewhile(lambda row: isinstance(row, Sampled), rows[1:])
+    return structs.replace(rows[0], more=tuple(more))
+
+
 def _lay_out(sequences: tuple[Sequence, ...], resident: _Resident) -> list[Stretch]:
     """One stretch of rows for each sequence. Raises DriverError for what the kernel must never ask."""
     pool, vocab = resident.pool, resident.architecture.vocab_size
     stretches: list[Stretch] = []
     row = 0
     for sequence in sequences:
-        end = sequence.position + len(sequence.tokens)
+        end = sequence.end
         if not sequence.tokens or sequence.position < 0 or end > len(sequence.pages) * pool.page_tokens:
             raise DriverError(f"process {sequence.pid}: its pages do not cover positions {sequence.position} to {end}")
-        if not all(0 <= token < vocab for token in sequence.tokens):
+        if not all(0 <= token < vocab for token in sequence.fed):
             raise DriverError(f"process {sequence.pid}: a token id is outside the vocabulary of {vocab}")
         _check_pages(pool, sequence.pages)
         layout = Layout(sequence.pages, pool.page_tokens, pool.slots)
-        stretches.append(Stretch(row, len(sequence.tokens), sequence.position, layout))
-        row += len(sequence.tokens)
+        stretches.append(Stretch(row, end - sequence.position, sequence.position, layout))
+        row += end - sequence.position
     return stretches
 
 

@@ -13,27 +13,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm_os.kernel.driver import RowError, Sample, Sampled
+from llm_os.kernel.driver import Row, RowError, Sample, Sampled
 from llm_os.kernel.errors import DriverError, Error
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
 
-def sample(logits: Tensor, samples: list[Sample]) -> list[Sampled | RowError]:
+def sample(
+    logits: Tensor, samples: list[Sample], guesses: list[int | None] | None = None, before: Row = None
+) -> list[Row]:
     """One choice for each row of `logits`, [len(samples), vocab_size]. A row with NaN or infinity is a RowError, and
-    one whose mask fails; for that it waits."""
+    one whose mask fails; for that it waits.
+
+    A row that was fed a guess gets None unless the row before it, of the first one `before`, chose that token."""
     finite = torch.isfinite(logits).all(dim=-1).tolist()
     best = logits.argmax(dim=-1).tolist()
-    return [
-        _try(logits[row], wish, best[row])
-        if finite[row]
-        else RowError("the model computed NaN or infinity for this row; its weights may be damaged")
-        for row, wish in enumerate(samples)
-    ]
+    rows: list[Row] = []
+    for row, wish in enumerate(samples):
+        guess = None if guesses is None else guesses[row]
+        if guess is None or (isinstance(before, Sampled) and before.token == guess):
+            before = _try(logits[row], wish, best[row], finite[row])
+        else:
+            before = None
+        rows.append(before)
+    return rows
 
 
-def _try(logits: Tensor, wish: Sample, best: int) -> Sampled | RowError:
+def _try(logits: Tensor, wish: Sample, best: int, finite: bool) -> Sampled | RowError:
+    if not finite:
+        return RowError("the model computed NaN or infinity for this row; its weights may be damaged")
     try:
         return _choose(logits, wish, best)
     except Error as error:

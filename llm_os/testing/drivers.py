@@ -20,6 +20,7 @@ from llm_os.kernel.driver import (
     DeviceMemory,
     Driver,
     Extent,
+    Guess,
     Move,
     Placement,
     Row,
@@ -90,6 +91,13 @@ class Bench:
         fields = {"pid": 1, "salt": 0, "sample": GREEDY, **fields}
         return Sequence(tokens=tokens, position=position, pages=pages, **fields)
 
+    def guess(
+        self, tokens: tuple[int, ...], pages: tuple[int, ...], pid: int, samples: list[Sample], guesses: list[int]
+    ) -> Sequence:
+        """`tokens` from the beginning, and what may come next."""
+        pairs = tuple(Guess(token, sample) for token, sample in zip(guesses, samples[1:], strict=False))
+        return self.feed(tokens, pages, pid=pid, sample=samples[0], guesses=pairs)
+
     def answer(self, prompt: tuple[int, ...], count: int, sample: Sample = GREEDY) -> list[int]:
         """What a lone process answers: the prompt at once, then token by token."""
         pages = self.pages(len(prompt) + count)
@@ -106,6 +114,20 @@ class Bench:
 def token(row: Row) -> int:
     assert isinstance(row, Sampled)
     return row.token
+
+
+def decoded(bench: Bench, samples: list[Sample]) -> tuple[list[Sampled], tuple[int, ...]]:
+    """What a lone process answers to PROMPT, token by token, and other pages with room for as much."""
+    pages = bench.pages(len(PROMPT) + len(samples))
+    rows: list[Sampled] = []
+    fed, position = PROMPT, 0
+    for sample in samples:
+        (row,) = bench.run(bench.feed(fed, pages, position, sample=sample))
+        assert isinstance(row, Sampled)
+        rows.append(row)
+        position += len(fed)
+        fed = (row.token,)
+    return rows, bench.pages(len(PROMPT) + len(samples))
 
 
 def prefilled(bench: Bench) -> tuple[Row, tuple[int, ...]]:
@@ -181,6 +203,41 @@ class DriverConformance:
         answer = bench.answer(PROMPT, 8)
         for kept in range(1, 8):
             assert bench.answer((*PROMPT, *answer[:kept]), 1) == answer[kept : kept + 1]
+
+    def test_guesses_bring_the_tokens_that_would_have_come_one_by_one(self, bench: Bench) -> None:
+        """Greedy and sampled, with log-probabilities; a guess that is wrong changes nothing of what follows."""
+        for temperature in (0.0, 1.5):
+            samples = [Sample(uniform=n / 7, temperature=temperature, logprobs=3) for n in range(6)]
+            expected, pages = decoded(bench, samples)
+            answer = [row.token for row in expected]
+            for right in range(6):
+                wrong = [(token + 1) % 256 for token in answer[right:5]]
+                (row,) = bench.run(bench.guess(PROMPT, pages, 0, samples, [*answer[:right], *wrong]))
+                assert isinstance(row, Sampled)
+                assert [structs.replace(row, more=()), *row.more][: right + 1] == expected[
+                    : 1 + min(right, len(row.more))
+                ]
+                if 0 < right < 5:  # from what was right it goes on as if nothing had been guessed
+                    rest = (*answer[:right],)
+                    (row,) = bench.run(bench.feed(rest, pages, len(PROMPT), sample=samples[right]))
+                    assert row == expected[right], f"after {right} right guesses"
+
+    def test_guesses_are_not_seen_by_their_company(self, bench: Bench) -> None:
+        sample = Sample(uniform=0.5, logprobs=3)
+        expected, pages = decoded(bench, [sample] * 4)
+        answer = [row.token for row in expected]
+        alone = bench.run(bench.guess(PROMPT, pages, 0, [sample] * 4, answer[:3]))
+        prompts = [tuple(range(40 + n, 60 + 3 * n)) for n in range(7)]
+        lone = [bench.run(bench.feed(prompt, bench.pages(90), sample=sample))[0] for prompt in prompts]
+        batch = [
+            bench.guess(prompt, bench.pages(90), n, [sample] * 3, [7, 8])
+            if n % 2
+            else bench.feed(prompt, bench.pages(90), pid=n, sample=sample)
+            for n, prompt in enumerate(prompts, 2)
+        ]
+        rows = bench.run(*batch, bench.guess(PROMPT, bench.pages(90), 1, [sample] * 4, answer[:3]))
+        assert rows[-1:] == alone, "bit for bit"
+        assert [structs.replace(row, more=()) if isinstance(row, Sampled) else row for row in rows[:-1]] == lone
 
     def test_pages_may_lie_anywhere_in_any_order(self, bench: Bench) -> None:
         expected = bench.answer(PROMPT, 1)

@@ -14,7 +14,7 @@ from llm_os.drivers.plugin import register_drivers
 from llm_os.kernel.driver import DriverProbe
 from llm_os.kernel.plugins import Plugins
 from llm_os.testing import DriverConformance
-from llm_os.testing.drivers import Bench
+from llm_os.testing.drivers import GREEDY, PROMPT, Bench, decoded
 
 PROBES: dict[str, DriverProbe] = {}
 register_drivers(lambda name, factory, probe: PROBES.__setitem__(name, probe))
@@ -39,3 +39,9 @@ class TestBuiltIn(DriverConformance):
         cls.config = structs.replace(DriverConformance.config, driver=driver)
         with closing(llm_os.open_image(model)) as image, closing(cls().make(cls.config)) as opened:
             yield Bench(opened, cls.config, image, model)
+
+    def test_all_guesses_are_checked_in_one_pass(self, bench: Bench) -> None:
+        expected, pages = decoded(bench, [GREEDY] * 9)
+        answer = [row.token for row in expected]
+        (row,) = bench.run(bench.guess(PROMPT, pages, 0, [GREEDY] * 9, answer[:8]))
+        assert isinstance(row, llm_os.Sampled) and [row.token, *(more.token for more in row.more)] == answer
