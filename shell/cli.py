@@ -77,6 +77,16 @@ app.command(
     help_epilogue="",
 )
 app.command(
+    "llm_os.shell.bench:bench",
+    name="bench",
+    help="Measure how fast a model is on this machine.",
+    help_epilogue=_examples(
+        "llm-os bench smollm2:135m",
+        "llm-os bench smollm2:135m --quick --precision exact",
+        "llm-os bench ./model.gguf --batch 1,8 --context 4096 --rounds 5 --json",
+    ),
+)
+app.command(
     "llm_os.shell.sim:sim",
     name="sim",
     help="Run the kernel in a simulated world with faults, and check every step.",

@@ -119,9 +119,7 @@ class _Pull:
         if not total:
             return f"{head}  {megabytes(done)}{rate}"
         left = f"  {(total - done) / speed:.0f} s left" if speed and done < total else ""
-        return (
-            f"{head}  {_bar(done / total)} {done * 100 // total:3d}%  {done / 1e6:.1f}/{megabytes(total)}{rate}{left}"
-        )
+        return f"{head}  {bar(done / total)} {done * 100 // total:3d}%  {done / 1e6:.1f}/{megabytes(total)}{rate}{left}"
 
 
 def pull(model: str) -> Path:
@@ -146,7 +144,8 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _bar(share: float) -> str:
+def bar(share: float) -> str:
+    """A share from 0 to 1, drawn."""
     full = round(min(max(share, 0.0), 1.0) * _BAR)
     if (sys.stderr.encoding or "").lower().replace("-", "") != "utf8":
         return f"[{'#' * full}{' ' * (_BAR - full)}]"

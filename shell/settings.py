@@ -47,7 +47,8 @@ def config(**options: Any) -> llm_os.Config:
 
 def read() -> dict[str, Any]:
     """The file's fields; none if there is no file. Raises ConfigError, OSError."""
-    return _parse(_text())
+    text = _text()
+    return _parse(text) if text else {}  # without a file, no command waits for what checks one
 
 
 def plugins() -> tuple[str, ...]:

@@ -12,7 +12,8 @@ import pytest
 import llm_os
 
 HEAVY = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "prompt_toolkit", "jinja2")
-COMMANDS = ("run", "chat", "pull", "models", "rm", "doctor", "plugins", "sim", "completion")
+LIGHT_ROOMS = ("cli", "extensions", "settings", "signals", "stdio")
+COMMANDS = ("run", "chat", "pull", "models", "rm", "doctor", "plugins", "sim", "bench", "completion")
 
 
 def test_help_names_every_command(run):
@@ -34,14 +35,38 @@ def test_version_is_the_packages(run):
     assert run("--version").stdout == f"{llm_os.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("models",), ("--version",)])
+def imported(environment: dict[str, str], code: str) -> set[str]:
+    """The modules that a program imports beside those of every Python, of which the installation here is one."""
+    report = f"import sys; before = set(sys.modules)\n{code}\nprint(*set(sys.modules) - before, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def command(*arguments: str) -> str:
+    return f"sys.argv = ['llm-os', *{arguments!r}]; from llm_os.__main__ import main; main()"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("run", "--help"), ("bench", "--help"), ("models",), ("--version",)]
+)
 def test_a_light_command_imports_nothing_heavy(environment, arguments):
-    report = (
-        "import sys; sys.argv = ['llm-os', *sys.argv[1:]]; from llm_os.__main__ import main; main(); "
-        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", report, *arguments], capture_output=True, text=True, env=environment)
-    assert done.stderr.splitlines()[-1] == "[]"
+    assert imported(environment, command(*arguments)).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("completion", "--help")])
+def test_who_only_asks_what_there_is_waits_for_no_room_but_the_shell(environment, arguments):
+    modules = imported(environment, command(*arguments))
+    rooms = {name for name in modules if name.startswith("llm_os.")}
+    assert {name.split(".")[1] for name in rooms} == {"__main__", "shell"}
+    assert rooms <= {"llm_os.__main__", "llm_os.shell"} | {f"llm_os.shell.{name}" for name in LIGHT_ROOMS}
+    assert modules.isdisjoint({*HEAVY, "msgspec", "anyio", "asyncio", "pluggy", "concurrent.futures", "ssl"})
+
+
+def test_importing_the_package_imports_nothing_but_the_standard_library(environment):
+    modules = imported(environment, "import llm_os")
+    assert {name.partition(".")[0] for name in modules} <= {"llm_os", *sys.stdlib_module_names}
+    assert {name for name in modules if name.startswith("llm_os.")} == set()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
