@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export QUESTION ?= What is the capital of France?
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev run test sim planted-bugs bench-kernel lint types imports packaging contract promises check clean
+.PHONY: help install dev run test sim planted-bugs bench bench-kernel lint types imports packaging contract promises check clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ sim: dev ## run the kernel in a simulated world full of faults: 300 seeds, some 
 
 planted-bugs: dev ## bugs planted in copies of the kernel: the simulator must find each
 	@$(BIN)/python tests/planted_bugs.py
+
+bench: dev ## this project beside llama.cpp, OpenVINO and CTranslate2 (their environments take minutes, once); BENCH=--quick
+	@$(BIN)/python tests/benchmarks/peers $(BENCH)
 
 bench-kernel: dev ## what the kernel itself costs: simulated steps a second, time of a step, bytes of tables, hooks
 	@$(BIN)/python tests/benchmarks/kernel.py
