@@ -57,10 +57,12 @@ class Config(Strict, frozen=True, kw_only=True):
     policy: str = "fair"  # who of a class is served first: a registered policy, such as "fair" or "fifo"
     plugins: tuple[str, ...] = ()  # plugins to enable; "-NAME" turns one off that is on by default
     options: dict[str, dict[str, Any]] = {}  # what plugins are told, by plugin: see the plugin's own docs
+    speculation: Literal["auto", "always", "off"] = "auto"  # check guesses of what comes next: where it is quicker
+    draft_tokens: int = 15  # the most guesses for one process in one step
     hook_limit_s: float = 5.0  # a plugin's call that takes longer fails; after three failures in a row it is off
 
     def __post_init__(self) -> None:
-        for field in ("batch_tokens", "batch_size", "queue_limit", "page_tokens", "threads"):
+        for field in ("batch_tokens", "batch_size", "queue_limit", "page_tokens", "threads", "draft_tokens"):
             value = getattr(self, field)
             if value is not None and not 1 <= value <= 2**24:
                 raise ConfigError(f"{field} is {value!r}; it must be from 1 to {2**24}")

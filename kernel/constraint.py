@@ -9,11 +9,10 @@ restored. Knows neither parsers nor threads: `Compiled.start` says where the plu
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from msgspec import Struct
 
-from llm_os.kernel.driver import Row, RowError, Sample, Sampled
+from llm_os.kernel.driver import Mask, Row, RowError, Sample, Sampled
 from llm_os.kernel.errors import RequestError
 from llm_os.kernel.grammar import Language, Matcher
 from llm_os.kernel.image import Image
@@ -44,8 +43,10 @@ class Constraint:
         self._size = image.vocab_size
         self._foreign = (image.turn_end_tokens | image.text_end_tokens) - end_tokens
 
-    def mask(self, answer: tuple[int, ...]) -> AnswerMask:
-        return AnswerMask(self, answer)
+    def mask(self, answer: tuple[int, ...], before: Mask | None = None) -> AnswerMask:
+        """What may come after `answer`. Where the last token of that is a guess, `before` is the mask that it must pass
+        first: a matcher is never asked about an answer that the grammar does not allow."""
+        return AnswerMask(self, answer, before if isinstance(before, AnswerMask) else None)
 
     def allowed(self, answer: tuple[int, ...]) -> bytes:
         """In the plugin's thread."""
@@ -64,25 +65,39 @@ class Constraint:
 class AnswerMask:
     """What may come after one answer."""
 
-    def __init__(self, constraint: Constraint, answer: tuple[int, ...]) -> None:
+    def __init__(self, constraint: Constraint, answer: tuple[int, ...], before: AnswerMask | None = None) -> None:
         self._constraint = constraint
         self._answer = answer
+        self._before = before
         self._wait: Work | None = None
         self._bits = b""
+        self._asked = False  # and answered
 
     def begin(self) -> None:
         if self._wait is None:
-            self._wait = self._constraint.start(partial(self._constraint.allowed, self._answer))
+            self._wait = self._constraint.start(self._compute)
 
     def bits(self) -> bytes:
         self.begin()
         assert self._wait is not None
-        self._bits = self._wait()
+        bits = self._wait()
+        self._asked = True
+        return bits
+
+    def _compute(self) -> bytes:
+        """In the plugin's thread, after that of the mask before."""
+        if self._before is not None and not self._before.has(self._answer[-1]):
+            raise RequestError("the grammar does not allow a guess; no token may be chosen after it")
+        self._bits = self._constraint.allowed(self._answer)
         return self._bits
+
+    def has(self, token: int) -> bool:
+        """Whether the token is among the bits, as far as they have been computed."""
+        return 0 <= token < 8 * len(self._bits) and bool(self._bits[token >> 3] >> (token & 7) & 1)
 
     def allows(self, token: int) -> bool:
         """Whether the token is among `bits`. Never, where nobody has asked for them."""
-        return 0 <= token < 8 * len(self._bits) and bool(self._bits[token >> 3] >> (token & 7) & 1)
+        return self._asked and self.has(token)
 
 
 def obeyed(sample: Sample | None, row: Row) -> Row:

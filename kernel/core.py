@@ -15,6 +15,8 @@ from llm_os.kernel import invariants
 from llm_os.kernel.accounting import Accounting
 from llm_os.kernel.config import Config, parse_bytes
 from llm_os.kernel.costs import Costs
+from llm_os.kernel.drafter import Drafter
+from llm_os.kernel.drafting import Drafting
 from llm_os.kernel.driver import Batch
 from llm_os.kernel.driver import Sequence as Rows
 from llm_os.kernel.errors import Closed, Error, Refused, StoreError, as_error
@@ -41,8 +43,10 @@ class Core:
         budget: int,
         policy: Policy | None = None,
         pick_victim: PickVictim = lambda models: None,
+        drafters: Sequence[Drafter] = (),
     ) -> None:
-        """`policy` is Fair by default. `pick_victim` chooses among idle models whose weights may go; None abstains."""
+        """`policy` is Fair by default. `pick_victim` chooses among idle models whose weights may go; None abstains. Of
+        `drafters` the first that has an idea is asked no further."""
         policy = policy or Fair()
         self.config = config
         self.memory = Memory(budget, config.frame_bytes)
@@ -54,8 +58,16 @@ class Core:
         self.residency = Residency(config, self.memory, self.flights, costs, pick_victim)
         self.outbox = Outbox(self.flights, config.state is not None)
         self.scheduler = Scheduler(config, self.pager, self.accounting, policy, self._spare)
+        self.drafting = Drafting(config, self.pager, drafters)
         self.table = Processes(
-            config, self.flights, self.outbox, self.pager, self.residency, self.scheduler, self.accounting
+            config,
+            self.flights,
+            self.outbox,
+            self.pager,
+            self.residency,
+            self.scheduler,
+            self.accounting,
+            self.drafting,
         )
         self.loader = Loader(self.residency, self.table, self.pager, self.memory, self.flights)
         self.faults = Faults(self.residency, self.scheduler, self.pager, self.memory, self.flights)
@@ -210,11 +222,14 @@ class Core:
 
     def _run(self, model: Model, batch: list[tuple[Process, int]]) -> None:
         sequences = []
+        guesses = self.drafting.guesses(model.name, batch)
         for process, count in batch:
             assert process.table is not None
             process.state = State.RUNNING
             self.scheduler.runs(process, self._now)
             position = process.computed
+            sample = process.sample() if count == process.remaining else None
+            guessed = guesses.get(process.pid)
             sequences.append(
                 Rows(
                     pid=process.pid,
@@ -222,7 +237,8 @@ class Core:
                     tokens=tuple(process.tokens[position : position + count]),
                     position=position,
                     pages=process.table.numbers(),
-                    sample=process.sample() if count == process.remaining else None,
+                    sample=sample,
+                    guesses=process.guesses(guessed, sample) if guessed and sample else (),
                 )
             )
             if process.admitted is None:

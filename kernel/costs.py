@@ -6,6 +6,8 @@ core's own clock, so the same events give the same choices.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from llm_os.kernel.events import Tier
 
 _SHARE = 0.25  # of the newest measurement
@@ -48,6 +50,57 @@ class Costs:
             self._begin[tier] += _SHARE * (beginning - self._begin[tier])
         else:
             self._swap[tier] = _follow(self._swap[tier], size, max(0.0, seconds - self._begin[tier]))
+
+
+class BatchTimes:
+    """What the batches of one model take, by their rows, of those in which every row chooses a token.
+
+    More rows than were ever measured are guessed from the last two measurements, at least nearly free and at most in
+    proportion. What is older than FRESH batches is forgotten, so that one slow moment decides nothing for ever.
+    """
+
+    FRESH = 128
+
+    def __init__(self) -> None:
+        self._measured: dict[int, tuple[float, int]] = {}  # by rows: seconds, and when that was, in batches
+        self._batches = 0
+
+    def measured(self, rows: int, seconds: float) -> None:
+        if seconds <= 0:
+            return
+        self._batches += 1
+        rows = _rounded(rows)
+        before, at = self._measured.get(rows, (seconds, 0))
+        if self._batches - at > self.FRESH:
+            before = seconds
+        share = 0.5 if seconds < before else 0.125  # what disturbs a measurement makes it longer
+        self._measured[rows] = before + share * (min(seconds, 2 * before) - before), self._batches
+
+    def curve(self, rows: int, more: int) -> list[float] | None:
+        """Seconds of a batch of so many rows, of one more, and so on. None while its own have not been measured."""
+        oldest = self._batches - self.FRESH
+        points = sorted(
+            (n, seconds) for n, (seconds, at) in self._measured.items() if n >= _rounded(rows) and at >= oldest
+        )
+        if not points or points[0][0] != _rounded(rows):
+            return None
+        points[0] = rows, points[0][1]
+        times: list[float] = []
+        slope = 0.05 * points[0][1]
+        for (left, low), (right, high) in pairwise(points):
+            low = max([low, *times[-1:]])
+            slope = max(0.0, high - low) / (right - left)
+            times += [low + slope * n for n in range(right - left)]
+        last, seconds = points[-1][0], max([points[-1][1], *times[-1:]])
+        slope = min(max(slope, 0.02 * seconds / last), seconds / last)
+        times += [seconds + slope * n for n in range(rows + more + 1 - last)]
+        return times[: more + 1]
+
+
+def _rounded(rows: int) -> int:
+    """To four bits: each number up to 15, then every second, every fourth, …"""
+    shift = max(0, rows.bit_length() - 4)
+    return rows >> shift << shift
 
 
 def _follow(rate: float, amount: int, seconds: float) -> float:

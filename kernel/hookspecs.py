@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from llm_os.kernel.compression import Pass
 from llm_os.kernel.config import Config
+from llm_os.kernel.drafter import Drafter
 from llm_os.kernel.driver import DeviceInfo, DriverFactory, DriverProbe
 from llm_os.kernel.filters import Filter
 from llm_os.kernel.grammar import Grammar, Language
@@ -48,6 +49,8 @@ class StepInfo(Struct, frozen=True, kw_only=True):
     tokens: int  # that were fed
     seconds: float  # from its start to its end
     live: int  # processes in the kernel
+    drafted: int = 0  # guesses that were fed (of `tokens`), and of these
+    accepted: int = 0  # those that were right: so many tokens of answers came beside the one of each sequence
 
 
 class ExitInfo(Struct, frozen=True, kw_only=True):
@@ -79,6 +82,10 @@ class RegisterPass(Protocol):
 
 class RegisterTool(Protocol):
     def __call__(self, tool: Tool) -> None: ...
+
+
+class RegisterDrafter(Protocol):
+    def __call__(self, name: str, drafter: Drafter) -> None: ...
 
 
 class RegisterCommand(Protocol):
@@ -132,6 +139,15 @@ def register_tools(register: RegisterTool, config: Config) -> None:
 
     Called once per kernel, at boot, in the plugin's own thread. `Kernel.tools` lists them; nothing runs them but
     who asks for it. The contract is `Tool` in `kernel/tool.py`. Since 1.
+    """
+
+
+@hookspec
+def register_drafters(register: RegisterDrafter, config: Config) -> None:
+    """Guess what comes next, so that one step may bring several tokens: call `register(name, drafter)` for each.
+
+    Called once per kernel, at boot, in the plugin's own thread. For each process the drafter of the plugin that was
+    enabled last is asked first; the first guesses count. The contract is `Drafter` in `kernel/drafter.py`. Since 1.
     """
 
 

@@ -37,6 +37,8 @@ def check(core: Core) -> None:
         assert state is not ended
         assert process.computed < (tokens or 1), "nothing is left to feed"
         assert not process.active or state in _ACTIVE
+        if state is not State.RUNNING and (table := process.table) is not None:
+            assert len(table.pages) <= table.slab.pages_for(tokens), "pages of guesses are kept"
         assert not tokens or len(process.generated) <= process.max_tokens
         _check_quota(process)
     for process in core.table.zombies.values():
@@ -89,6 +91,8 @@ def _check_run(flight: Flight) -> None:
         assert process.flights and process.table is not None
         assert fed.pages == tuple(page.number for page in process.table.pages), "a page moved under a batch"
         assert fed.salt == process.salt
+        end = max(fed.end, len(process.tokens))
+        assert len(process.table.pages) <= process.table.slab.pages_for(end), "pages that nobody has asked for"
         for page in process.table.pages[fed.position // process.table.slab.page_tokens :]:
             assert page.references == 1 and not page.cached, "a shared page is being written"
 

@@ -51,7 +51,8 @@ class Kernel:
         with ExitStack() as opened:  # given back where the boot fails
             plugins = opened.enter_context(closing(Plugins(config)))
             driver = opened.enter_context(closing(plugins.open_driver()))
-            core = Core(config, _budget(config, driver), plugins.open_policy(), plugins.pick_victim)
+            policy, drafters = plugins.open_policy(), plugins.drafters
+            core = Core(config, _budget(config, driver), policy, plugins.pick_victim, drafters)
             disk = opened.enter_context(closing(Disk(config, plugins)))
             plugins.tell("booted", config=config, device=driver.info())
             self._boot(core, driver, plugins, disk)

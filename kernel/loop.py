@@ -22,7 +22,8 @@ from msgspec import structs
 from llm_os.kernel import events as ev
 from llm_os.kernel.core import Core
 from llm_os.kernel.disk import Disk
-from llm_os.kernel.driver import Batch, Driver
+from llm_os.kernel.drafting import chosen
+from llm_os.kernel.driver import Batch, Driver, Sampled
 from llm_os.kernel.errors import Closed, DriverError
 from llm_os.kernel.gate import Gate
 from llm_os.kernel.hookspecs import ExitInfo, StepInfo
@@ -143,12 +144,19 @@ class Loop:
 
     def finished(self, event: ev.Completed) -> None:
         batch, began = self.runs.pop(event.operation)
+        rows = event.result if isinstance(event.result, tuple) else ()
         step = StepInfo(
             model=batch.model,
             sequences=len(batch.sequences),
-            tokens=sum(len(sequence.tokens) for sequence in batch.sequences),
+            tokens=sum(sequence.end - sequence.position for sequence in batch.sequences),
             seconds=time.monotonic() - began,
             live=len(self.core.processes),
+            drafted=sum(len(sequence.guesses) for sequence in batch.sequences),
+            accepted=sum(
+                len(chosen(sequence, row)) - 1
+                for sequence, row in zip(batch.sequences, rows, strict=False)
+                if isinstance(row, Sampled)
+            ),
         )
         self.plugins.tell("step_finished", step=step)
 
@@ -201,7 +209,9 @@ class Loop:
                 case ev.Run(id, batch):
                     for sequence in batch.sequences:
                         if sequence.sample is not None and sequence.sample.mask is not None:
-                            sequence.sample.mask.begin()
+                            for sample in (sequence.sample, *(guess.sample for guess in sequence.guesses)):
+                                assert sample.mask is not None
+                                sample.mask.begin()
                     future = self.driver.run(batch)
                     if self.plugins.watching:
                         self.runs[id] = batch, time.monotonic()

@@ -120,6 +120,13 @@ class Pager:
             placed = table.slab.place(page)
             assert placed, "pages were added without room"
 
+    def trim(self, process: Process) -> None:
+        """Give up pages beyond its tokens: they were for guesses."""
+        table = process.table
+        if table is not None and len(table.pages) > (needed := table.slab.pages_for(len(process.tokens))):
+            for page in table.cut(needed):
+                self.let_go(page)
+
     # -- sharing -----------------------------------------------------------------------------------------------------
 
     def attach(self, process: Process) -> None:

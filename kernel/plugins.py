@@ -18,6 +18,7 @@ from llm_os.kernel import hookspecs
 from llm_os.kernel.compression import Pass
 from llm_os.kernel.config import Config
 from llm_os.kernel.constraint import Compiled
+from llm_os.kernel.drafter import Drafter
 from llm_os.kernel.driver import DeviceInfo, Driver, DriverFactory, DriverProbe
 from llm_os.kernel.enabling import enable
 from llm_os.kernel.errors import (
@@ -32,7 +33,7 @@ from llm_os.kernel.errors import (
 )
 from llm_os.kernel.filters import Filter, TextFilter
 from llm_os.kernel.grammar import Grammar
-from llm_os.kernel.guarded import Filtering, GuardedPolicy, lacks, opened
+from llm_os.kernel.guarded import Filtering, GuardedDrafter, GuardedPolicy, lacks, opened
 from llm_os.kernel.image import Image
 from llm_os.kernel.isolation import Guard, Health, Lane, told
 from llm_os.kernel.journal import Log
@@ -69,6 +70,7 @@ class Plugins:
         self._filters: dict[str, tuple[Lane, Filter]] = {}
         self._passes: dict[str, tuple[Lane, Pass]] = {}
         self._tools: dict[str, Tool] = {}
+        self._drafters: dict[str, Drafter] = {}
         try:
             self._register()
         except BaseException:
@@ -94,6 +96,7 @@ class Plugins:
             ("register_policies", self._register_policy),
             ("register_filters", self._register_filter),
             ("register_passes", self._register_pass),
+            ("register_drafters", self._register_drafter),
         ):
             self._boot(hook, partial(_given, register, config))
 
@@ -137,11 +140,21 @@ class Plugins:
             raise TypeError(f"register(name, compression) is given {why}")
         _keep(self._passes, "pass", name, (lane, compression))
 
+    def _register_drafter(self, lane: Lane, name: str, drafter: Drafter) -> None:
+        if (why := lacks(drafter, Drafter)) is not None:
+            raise TypeError(f"register(name, drafter) is given {why}")
+        _keep(self._drafters, "drafter", name, GuardedDrafter(drafter, lane.health, self._guard))
+
     # -- what was registered -----------------------------------------------------------------------------------------
 
     @property
     def tools(self) -> tuple[Tool, ...]:
         return tuple(self._tools.values())
+
+    @property
+    def drafters(self) -> tuple[Drafter, ...]:
+        """Guarded; the one that was enabled last is asked first."""
+        return tuple(reversed(self._drafters.values()))
 
     def commands(self, config: Config) -> dict[str, tuple[Callable[..., Any], str]]:
         """What plugins add to `llm-os`: name -> (function, help). `config` is what the command line has."""

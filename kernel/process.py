@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from msgspec import Struct, structs
 
 from llm_os.kernel.accounting import Reservation
 from llm_os.kernel.constraint import Compiled, Constraint
-from llm_os.kernel.driver import Sample, Sampled
+from llm_os.kernel.driver import Guess, Sample, Sampled
 from llm_os.kernel.errors import ModelError, RequestError
 from llm_os.kernel.image import Image, TextDecoder
 from llm_os.kernel.journal import Given, Took
@@ -19,6 +20,9 @@ from llm_os.kernel.page_table import PageTable
 from llm_os.kernel.random import uniform
 from llm_os.kernel.request import Chunk, Completion, FinishReason, Request, Timings, TokenLogprob, Usage
 from llm_os.kernel.stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from llm_os.kernel.drafting import Guesser
 
 
 class State(StrEnum):
@@ -49,6 +53,8 @@ class ProcessInfo(Struct, frozen=True, kw_only=True):
     computed_tokens: int
     pages: int
     age_s: float
+    drafted_tokens: int = 0  # guessed and checked (`Config.speculation`), and of these
+    accepted_tokens: int = 0  # right
 
 
 @dataclass(eq=False, slots=True)
@@ -91,6 +97,9 @@ class Process:
     computed: int = 0  # tokens whose KV is in the pages
     cached: int | None = None  # prompt tokens that the prefix cache had
     charged: int = 0  # tokens that it has used of its tenant's quota: computed or generated
+    guesser: Guesser | None = None  # once it has been asked for guesses
+    drafted: int = 0  # guesses of its answer that were checked, and
+    accepted: int = 0  # those that were right
     paid: int = 0  # tokens whose computing its tenant's counter has been charged for
     flights: int = 0  # operations in flight that name its pages
     # how it waits
@@ -116,19 +125,29 @@ class Process:
         """Tokens still to be fed before the next one can be chosen; at least 1 for a live process."""
         return len(self.tokens) - self.computed
 
-    def sample(self) -> Sample:
-        """How to choose the token at position len(tokens)."""
+    def guesses(self, ids: tuple[int, ...], sample: Sample) -> tuple[Guess, ...]:
+        """What may come next, after the token that is chosen by `sample`."""
+        found: list[Guess] = []
+        for count, token in enumerate(ids, 1):
+            sample = self.sample(ids[:count], sample)
+            found.append(Guess(token, sample))
+        return tuple(found)
+
+    def sample(self, ahead: tuple[int, ...] = (), before: Sample | None = None) -> Sample:
+        """How to choose the token at position len(tokens), or the one after `ahead`, if that is what comes; `before` is
+        how to choose the last of that."""
         base = self.base
         if base is None:
             base = self.base = self._sample()
         if base.temperature > 0:
-            base = structs.replace(base, uniform=uniform(self.seed, len(self.tokens)))
+            base = structs.replace(base, uniform=uniform(self.seed, len(self.tokens) + len(ahead)))
         if self.constraint is not None:
-            base = structs.replace(base, mask=self.constraint.mask(tuple(self.generated[self.turn :])))
+            answer = (*self.generated[self.turn :], *ahead)
+            base = structs.replace(base, mask=self.constraint.mask(answer, before.mask if before else None))
         if base.repetition_penalty != 1.0:
-            return structs.replace(base, prompt=tuple(self._context()), output=tuple(self.generated))
+            return structs.replace(base, prompt=tuple(self._context()), output=(*self.generated, *ahead))
         if base.presence_penalty or base.frequency_penalty:
-            return structs.replace(base, output=tuple(self.generated))
+            return structs.replace(base, output=(*self.generated, *ahead))
         return base
 
     def _sample(self) -> Sample:
@@ -292,14 +311,7 @@ class Process:
             for index, token in enumerate(record.tokens):
                 chunks.append(self.append(Sampled(token, *(record.logprobs[index] if record.logprobs else ())), now))
         self.inherited, self.first_token = len(self.generated), None
-        if not chunks:
-            return None
-        return Chunk(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-            logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
-            finish_reason=chunks[-1].finish_reason,
-        )
+        return structs.replace(joined(chunks), waiting=False) if chunks else None
 
     def completion(self, reason: FinishReason, now: float) -> Completion:
         admitted = now if self.admitted is None else self.admitted
@@ -309,7 +321,13 @@ class Process:
             text="".join(self.text),
             token_ids=tuple(self.generated),
             finish_reason=reason,
-            usage=Usage(prompt_tokens=self.prompt_tokens, completion_tokens=output, cached_tokens=self.cached or 0),
+            usage=Usage(
+                prompt_tokens=self.prompt_tokens,
+                completion_tokens=output,
+                cached_tokens=self.cached or 0,
+                drafted_tokens=self.drafted,
+                accepted_tokens=self.accepted,
+            ),
             timings=Timings(
                 load_s=0.0 if self.faulted is None else max(0.0, admitted - self.faulted),
                 ttft_s=first - admitted,
@@ -338,7 +356,22 @@ class Process:
             computed_tokens=self.computed,
             pages=len(self.table.pages) if self.table else 0,
             age_s=now - self.submitted,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )
+
+
+def joined(chunks: list[Chunk]) -> Chunk:
+    """Chunks that follow each other, as one."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return Chunk(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        finish_reason=chunks[-1].finish_reason,
+        waiting=chunks[-1].waiting,
+    )
 
 
 def _text(piece: object) -> str:

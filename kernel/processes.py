@@ -17,7 +17,9 @@ from llm_os.kernel.compiling import Compiling
 from llm_os.kernel.config import Config
 from llm_os.kernel.constraint import obeyed
 from llm_os.kernel.deadlines import Deadlines
+from llm_os.kernel.drafting import Drafting
 from llm_os.kernel.driver import Batch, Row, RowError, Sampled
+from llm_os.kernel.driver import Sequence as Rows
 from llm_os.kernel.errors import Closed, DriverError, Error, ModelError, Refused, RequestError, as_error
 from llm_os.kernel.flights import Flights
 from llm_os.kernel.forks import Forks
@@ -26,7 +28,7 @@ from llm_os.kernel.outbox import Outbox
 from llm_os.kernel.page_table import PageTable
 from llm_os.kernel.pager import Pager
 from llm_os.kernel.pauses import Pauses
-from llm_os.kernel.process import Process, ProcessInfo, State
+from llm_os.kernel.process import Process, ProcessInfo, State, joined
 from llm_os.kernel.request import Chunk, FinishReason
 from llm_os.kernel.residency import Model, Residency, Where
 from llm_os.kernel.scheduler import Scheduler
@@ -45,6 +47,7 @@ class Processes:
         residency: Residency,
         scheduler: Scheduler,
         accounting: Accounting,
+        drafting: Drafting,
     ) -> None:
         self.live: dict[int, Process] = {}  # in order of arrival
         self.zombies: dict[int, Process] = {}
@@ -61,6 +64,7 @@ class Processes:
         self._residency = residency
         self._scheduler = scheduler
         self._accounting = accounting
+        self._drafting = drafting
         self._last_pid = 0
         self._deadlines = Deadlines()
         self._last_end: float | None = None
@@ -245,9 +249,10 @@ class Processes:
             count = len(rows) if isinstance(rows, tuple) else f"{type(rows).__name__}, not"
             error = DriverError(f"the driver answered {count} rows to a batch of {len(processes)}")
         if error is None:
-            fed_tokens = sum(len(fed.tokens) for fed in batch.sequences)
+            fed_tokens = sum(fed.end - fed.position for fed in batch.sequences)
             sampled = any(fed.sample is not None for fed in batch.sequences)
             self._residency.computed(batch.model, fed_tokens, sampled, seconds)
+            self._drafting.measured(batch, seconds)
         for index, (process, fed) in enumerate(zip(processes, batch.sequences, strict=True)):
             if process.state is State.ENDED:
                 continue
@@ -255,10 +260,11 @@ class Processes:
             if error is not None:
                 self.fail(process, as_error(error, DriverError))
             else:
-                self._advance(process, len(fed.tokens), obeyed(fed.sample, rows[index]), fed.sample is not None)
+                self._advance(process, fed, obeyed(fed.sample, rows[index]))
 
-    def _advance(self, process: Process, fed: int, row: Row, sampled: bool) -> None:
-        """Its KV has grown, and there may be one more token of the answer, or the end of it."""
+    def _advance(self, process: Process, fed: Rows, row: Row) -> None:
+        """Its KV has grown, and there may be one more token of the answer, or some, or the end of it."""
+        sampled = fed.sample is not None
         if isinstance(row, RowError) and row.cause is not None:
             self.fail(process, row.cause)
             return
@@ -267,17 +273,34 @@ class Processes:
             message = row.message if isinstance(row, RowError) else "the driver gave no token for a row"
             self.fail(process, DriverError(message))
             return
-        process.computed += fed
-        process.charged = max(process.charged, process.computed + int(sampled))
-        self._accounting.answered(process.request.tenant, int(sampled))
+        process.computed += len(fed.tokens)
+        process.charged = max(process.charged, process.computed)
+        chunks: list[Chunk] = []
+        failure = None
+        found = self._drafting.chosen(process.request.model, fed, row) if sampled and isinstance(row, Sampled) else []
+        for token in found:
+            process.computed += len(chunks) > 0  # the guess before it was right: its KV counts
+            process.charged = max(process.charged, process.computed + 1)
+            self._accounting.answered(process.request.tenant, 1)
+            try:
+                chunks.append(process.append(token, self._flights.now))
+            except (
+                Exception
+            ) as error:  # the image's decoder is a plugin's code: it may fail its process, not the kernel
+                failure = as_error(error, ModelError)
+                break
+            if chunks[-1].finish_reason is not None or chunks[-1].waiting:
+                break
         self._pager.list_full(process)
-        if not isinstance(row, Sampled) or not sampled:
-            return
-        try:
-            chunk = process.append(row, self._flights.now)
-        except Exception as error:  # the image's decoder is a plugin's code: it may fail its process, not the kernel
-            self.fail(process, as_error(error, ModelError))
-            return
+        if fed.guesses:
+            self._drafting.checked(process, len(fed.guesses), max(0, len(chunks) - 1))
+        if chunks:
+            self._tell(process, joined(chunks))
+        if failure is not None:
+            self.fail(process, failure)
+
+    def _tell(self, process: Process, chunk: Chunk) -> None:
+        """What it has said, and what follows from that."""
         if chunk.finish_reason is not None:
             self.end(process, chunk.finish_reason, chunk)
         else:

@@ -124,6 +124,8 @@ class Usage(Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0  # of the prompt: their KV was there already
+    drafted_tokens: int = 0  # guesses of the answer that were checked (`Config.speculation`), and of these
+    accepted_tokens: int = 0  # those that were right: each of them saved a step
 
 
 class Timings(Struct, frozen=True, kw_only=True):

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from llm_os.kernel.compression import Pass as Pass
     from llm_os.kernel.config import Config as Config
     from llm_os.kernel.config import Tenant as Tenant
+    from llm_os.kernel.drafter import Draft as Draft
+    from llm_os.kernel.drafter import DraftContext as DraftContext
+    from llm_os.kernel.drafter import Drafter as Drafter
     from llm_os.kernel.driver import Batch as Batch
     from llm_os.kernel.driver import DeviceInfo as DeviceInfo
     from llm_os.kernel.driver import DeviceMemory as DeviceMemory
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from llm_os.kernel.hookspecs import CONTRACT as CONTRACT
     from llm_os.kernel.hookspecs import ExitInfo as ExitInfo
     from llm_os.kernel.hookspecs import RegisterCommand as RegisterCommand
+    from llm_os.kernel.hookspecs import RegisterDrafter as RegisterDrafter
     from llm_os.kernel.hookspecs import RegisterDriver as RegisterDriver
     from llm_os.kernel.hookspecs import RegisterFilter as RegisterFilter
     from llm_os.kernel.hookspecs import RegisterPass as RegisterPass
@@ -139,6 +143,11 @@ _HOMES = {
         "Config",
         "Tenant",
     ),
+    "kernel.drafter": (
+        "Draft",
+        "DraftContext",
+        "Drafter",
+    ),
     "kernel.driver": (
         "Batch",
         "DeviceInfo",
@@ -172,6 +181,7 @@ _HOMES = {
         "CONTRACT",
         "ExitInfo",
         "RegisterCommand",
+        "RegisterDrafter",
         "RegisterDriver",
         "RegisterFilter",
         "RegisterPass",

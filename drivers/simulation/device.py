@@ -72,7 +72,7 @@ class Device(SimDriver):
         if fault == "nan_row":
             bad = self.chooser.below(len(rows))
             fed, size = batch.sequences[bad], self._placement(batch.model)[0].page_tokens
-            for position in range(fed.position, fed.position + len(fed.tokens)):
+            for position in range(fed.position, fed.end):
                 self._write(batch.model, fed.pages[position // size])[position % size] = 0
             return (*rows[:bad], RowError("not a number (simulated)"), *rows[bad + 1 :])
         if fault == "wrong_rows":

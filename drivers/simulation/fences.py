@@ -111,7 +111,7 @@ class Fences:
     def _start_run(self, id: int, batch: Batch) -> None:
         insist(batch.model in self.ready, "run", f"{batch.model} is not loaded")
         insist(0 < len(batch.sequences) <= self._config.batch_size, "batch", "too many rows or none")
-        fed = sum(len(rows.tokens) for rows in batch.sequences)
+        fed = sum(rows.end - rows.position for rows in batch.sequences)
         insist(fed <= self._config.batch_tokens, "batch", f"{fed} tokens in a batch of {self._config.batch_tokens}")
         pages = self._of(batch.model)
         size = pages.page_tokens
@@ -119,7 +119,7 @@ class Fences:
         written: list[int] = []
         for rows in batch.sequences:
             table = rows.pages
-            end = rows.position + len(rows.tokens)
+            end = rows.end
             insist(rows.tokens and len(table) * size >= end, "page table", f"of process {rows.pid} is too short")
             named += table
             first = rows.position // size

@@ -93,14 +93,14 @@ class Judge:
             return
         for rows, row in zip(sequences, result, strict=True):
             story = self._workload.stories[rows.pid]
-            end = rows.position + len(rows.tokens) + (rows.sample is not None)
-            if now < story.deadline:
-                self._charges.append((story, end))
+            said = int(rows.sample is not None)
             if isinstance(row, RowError):
                 story.excused = story.excused or row.message
             elif rows.sample is not None:
-                self._shares.answered(story)
-                story.ran(rows, row, now)
+                said = max(1, story.ran(rows, row, now))
+                self._shares.answered(story, said)
+            if now < story.deadline:
+                self._charges.append((story, rows.position + len(rows.tokens) + said))
 
     def failed(self, operation: ev.Operation, why: str, ready: Collection[str] = ()) -> None:
         """Whom this operation's failure may end. `ready` are the models on the device: others may have waited for pages
@@ -303,6 +303,7 @@ class Judge:
         for pid, session in sessions.items():
             story = self.story(pid)
             story.revive(session, now)
+            story.image = self._workload.images.get(story.request.model, story.image)
             self._durable[pid] = len(story.answer)
             self._workload.live[pid] = story
         return [ev.Restore(pid, session) for pid, session in sessions.items()]

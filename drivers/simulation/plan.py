@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct, structs
 
@@ -76,8 +77,13 @@ def draw(chooser: Chooser) -> Plan:
     )
     kind = below(_KINDS)
     if kind == _KINDS - 1:
-        return _backlogged(plan, chooser)
-    return _crowded(plan, chooser) if kind >= _KINDS - 6 else plan
+        plan = _backlogged(plan, chooser)
+    elif kind >= _KINDS - 6:
+        plan = _crowded(plan, chooser)
+    speculation: Literal["auto", "always", "off"] = pick(("off", "auto", "always", "always"))
+    return structs.replace(
+        plan, config=structs.replace(plan.config, speculation=speculation, draft_tokens=1 + below(6))
+    )
 
 
 def _crowded(plan: Plan, chooser: Chooser) -> Plan:

@@ -8,7 +8,7 @@ with requests of one class, both with one waiting at every moment from t0 to t,
 
     served  INPUT for each token of a prompt that was fed for the first time, OUTPUT for each of an answer, since t0
     U       (INPUT * (1 + batch_size) * prompt + OUTPUT * batch_size * answer) / w: the longest of each
-    ended   since t0: what a process had not been fed when it was cancelled or failed, and a token that was under way
+    ended   since t0: what a process had not been fed when it was cancelled or failed, and tokens that were under way
 
 The kernel counts a prompt when its process is admitted, which nobody sees, this judge when it is fed: hence batch_size
 prompts more in U. U_f is there for what f may owe at t0: who waits is behind whoever was admitted last by no more than
@@ -44,6 +44,7 @@ class Shares:
     def __init__(self, plan: Plan) -> None:
         self._judged = plan.backlog > 0
         self._slots = plan.config.batch_size
+        self._under_way = 1 if plan.config.speculation == "off" else 1 + plan.config.draft_tokens
         limits = plan.config.tenants
         self._weights = {tenant: limits.get(tenant, Tenant()).weight for tenant in plan.tenants}
         free = (None, None, None)
@@ -63,14 +64,14 @@ class Shares:
         self._serve(story, INPUT * max(0, min(end, len(story.prompt)) - self._fed[story.pid]))
         self._fed[story.pid] = max(self._fed[story.pid], end)
 
-    def answered(self, story: Story) -> None:
+    def answered(self, story: Story, tokens: int) -> None:
         if not story.killed and story.ended is None:
-            self._serve(story, OUTPUT)
+            self._serve(story, OUTPUT * tokens)
 
     def ended(self, story: Story) -> None:
         if self._judged and story.request.tenant in self._weights and story.ended not in ("stop", "length"):
             unfed = max(0, len(story.prompt) - self._fed[story.pid])
-            self._ended[story.request.tenant] += self._weigh(story, INPUT * unfed + OUTPUT)
+            self._ended[story.request.tenant] += self._weigh(story, INPUT * unfed + OUTPUT * self._under_way)
 
     def stepped(self, live: Iterable[Story]) -> None:
         """After every step."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from llm_os.drivers.sim import Lone, SimImage
 from llm_os.drivers.simulation.violation import insist
-from llm_os.kernel.driver import RowError, Sampled
+from llm_os.kernel.driver import RowError, Sample, Sampled
 from llm_os.kernel.driver import Sequence as Rows
 from llm_os.kernel.journal import Blocked, Session, Took
 from llm_os.kernel.random import uniform
@@ -84,24 +84,41 @@ class Story:
         last = end == len(self.context)
         insist((rows.sample is not None) == last, "context", f"process {self.pid} samples at {end}")
         if rows.sample is not None and rows.sample.temperature > 0:
-            expected = uniform(self.seed, end)
-            insist(rows.sample.uniform == expected, "randomness", f"of process {self.pid} at {end}")
+            for position, sample in enumerate((rows.sample, *(guess.sample for guess in rows.guesses)), end):
+                expected = uniform(self.seed, position)
+                insist(sample.uniform == expected, "randomness", f"of process {self.pid} at {position}")
+        insist(rows.sample is not None or not rows.guesses, "guess", f"process {self.pid} guesses in its prompt")
+        insist(END not in rows.fed[len(rows.tokens) :], "guess", f"process {self.pid} guesses beyond an end")
+        most = self.request.sampling.max_tokens
+        room = most is None or len(self.answer) + len(rows.guesses) < most
+        insist(room or not rows.guesses, "guess", f"process {self.pid} guesses beyond its answer")
 
-    def ran(self, rows: Rows, row: object, now: float) -> None:
-        """The core is told this answer to a row."""
+    def ran(self, rows: Rows, row: object, now: float) -> int:
+        """The core is told this answer to a row. Returns how many tokens it brings."""
         if rows.sample is None or isinstance(row, RowError) or self.parent is not None or self.ended is not None:
-            return
+            return 0
         insist(isinstance(row, Sampled), "row", row)
         assert isinstance(row, Sampled)
+        self._next(row, rows.sample)
+        count = 1
+        for guess, following in zip(rows.guesses, row.more, strict=False):
+            if guess.token != self.context[-1]:
+                break
+            self._next(following, guess.sample)
+            count += 1
+        self.progress = now
+        return count
+
+    def _next(self, sampled: Sampled, sample: Sample) -> None:
+        """One more token of its answer: it must be that of a lone process."""
         if self.lone is None:
             self.lone = Lone(self.image, self.salt)
         for position in range(self.lone.fed, len(self.context)):
             self.lone.feed(self.context[position])
-        expected = self.lone.next(rows.sample)
-        insist(row.token == expected, "token", f"process {self.pid} read a cell that is not its own")
-        self.context.append(row.token)
-        self.answer.append(row.token)
-        self.progress = now
+        expected = self.lone.next(sample)
+        insist(sampled.token == expected, "token", f"process {self.pid} read a cell that is not its own")
+        self.context.append(sampled.token)
+        self.answer.append(sampled.token)
 
     def offer(self, tokens: tuple[int, ...]) -> None:
         """A tool says this, and the process may go on."""

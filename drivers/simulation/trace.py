@@ -36,7 +36,11 @@ class Trace:
 def _gist(action: ev.Action) -> object:
     match action:
         case ev.Run(id, batch):
-            return id, batch.model, [(row.pid, row.position, len(row.tokens), row.pages) for row in batch.sequences]
+            return (
+                id,
+                batch.model,
+                [(row.pid, row.position, row.end - row.position, row.pages) for row in batch.sequences],
+            )
         case ev.Deliver(pid, chunk, completion, error):
             return pid, chunk and chunk.token_ids, completion is None, error is None
         case ev.Discard(slots):

@@ -19,6 +19,7 @@ from llm_os.drivers.sim import SimImage
 from llm_os.drivers.simulation import host
 from llm_os.drivers.simulation.chooser import Chooser
 from llm_os.drivers.simulation.device import Device
+from llm_os.drivers.simulation.drafter import SimDrafter
 from llm_os.drivers.simulation.faults import Faults
 from llm_os.drivers.simulation.fences import Fences
 from llm_os.drivers.simulation.judge import CLASSES, Judge
@@ -71,7 +72,7 @@ class World:
     def boot(self) -> None:
         """A new core on a new device, with what the disk has."""
         config = self.plan.config
-        self.core = Core(config, config.budget(0))
+        self.core = Core(config, config.budget(0), drafters=(SimDrafter(self.workload.stories, self.chooser),))
         self.device = Device(config)
         self.device.chooser = self.chooser
         self.fences = Fences(config, self.core.memory.frames)
@@ -179,7 +180,7 @@ class World:
         fault = self.faults.call(place)
         due = self.clock + 1 + self.chooser.delay(self.plan.swap_units if place == "swap" else slowest)
         if isinstance(operation, ev.Run):
-            due += self.plan.token_units * sum(len(rows.tokens) for rows in operation.batch.sequences)
+            due += self.plan.token_units * sum(rows.end - rows.position for rows in operation.batch.sequences)
         if fault in ("hang", "plugin_hang"):
             due += _HANG
             self.judge.hangs(self.now, _HANG * UNIT)

@@ -11,7 +11,7 @@ Filters, tools and events are not of the core: test those with a whole kernel (t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,6 +19,7 @@ from llm_os.drivers.sim import SimDriver, SimImage, reference
 from llm_os.kernel import events as ev
 from llm_os.kernel.config import Config
 from llm_os.kernel.core import Core
+from llm_os.kernel.drafter import Drafter
 from llm_os.kernel.driver import Sample
 from llm_os.kernel.loop import encode
 from llm_os.kernel.plugins import Plugins
@@ -33,13 +34,13 @@ class Machine:
 
     tick = 1.0  # seconds a step
 
-    def __init__(self, policy: str | Policy = "fair", **config: Any) -> None:
+    def __init__(self, policy: str | Policy = "fair", drafters: Sequence[Drafter] = (), **config: Any) -> None:
         """`config` are fields of Config; `policy` a registered one's name, or one that no plugin has registered."""
         named = policy if isinstance(policy, str) else "fair"
         self.config = Config(**{"driver": "sim", "memory": "64MiB", "frame_size": "64KiB", "policy": named, **config})
         if isinstance(policy, str):
             policy = Fair() if policy == "fair" else Plugins(self.config).open_policy()
-        self.core = Core(self.config, self.config.budget(0), policy)
+        self.core = Core(self.config, self.config.budget(0), policy, drafters=drafters)
         self.driver = SimDriver(self.config)
         self.now = 0.0
         self.pending: list[ev.Operation] = []

@@ -60,7 +60,7 @@ class Backlog:
         story.ran_first = True
         self.shares.fed(story, feeding(story))
         for _ in range(ANSWER):
-            self.shares.answered(story)
+            self.shares.answered(story, 1)
             self.step()
         story.ended = "length"
         self.shares.ended(story)
@@ -116,5 +116,5 @@ def test_machines_without_a_backlog_are_not_judged() -> None:
     shares = Shares(plan)
     story = Story(1, Request(model="sim:a", prompt="a", tenant=plan.tenants[0]), 0, 0, IMAGE, [1])
     for _ in range(1000):
-        shares.answered(story)
+        shares.answered(story, 1)
         shares.stepped([story])
