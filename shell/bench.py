@@ -5,16 +5,17 @@ from __future__ import annotations
 import json as json_text
 import re
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 from cyclopts import Group, Parameter
 
 import llm_os
 from llm_os.shell import signals
-from llm_os.shell.measure import SLACK, Figure, Load, Subject, peak_bytes, start
+from llm_os.shell.figures import Found, report, text
+from llm_os.shell.measure import SLACK, Figure, Subject, peak_bytes, start
 from llm_os.shell.options import FLAG, MachineOptions
-from llm_os.shell.progress import Waiting, bar, fetch, megabytes
+from llm_os.shell.progress import Waiting, bar, fetch
 from llm_os.shell.stdio import printable, say
 
 _MEASURED = Parameter(group=Group("What is measured", sort_key=1))
@@ -32,19 +33,6 @@ class Plan:
     tokens: int
     rounds: int
     given: frozenset[str]
-
-
-@dataclass
-class Found:
-    """What was measured. Figures of prompts by length, of answers by (batch, context)."""
-
-    loads: list[Load] = field(default_factory=list)
-    prompts: dict[int, Figure] = field(default_factory=dict)  # seconds to the first token
-    answers: dict[tuple[int, int], Figure] = field(default_factory=dict)  # tokens a second of all together
-    peak_bytes: int = 0
-    weights: int = 0
-    kv_bytes_per_token: int = 0
-    left_out: list[str] = field(default_factory=list)
 
 
 def bench(
@@ -81,7 +69,7 @@ def bench(
     json
         Print one JSON object.
     """
-    config = (machine or MachineOptions()).config()
+    config = (machine or MachineOptions()).config(speculation="off")
     options = {"--batch": batch, "--context": context, "--prompt-tokens": prompt_tokens}
     plan = Plan(
         batches=_numbers("--batch", batch, config.batch_size) or ((1, 8) if quick else (1, 4, 8, 16, 32)),
@@ -89,7 +77,7 @@ def bench(
         prompts=_numbers("--prompt-tokens", prompt_tokens) or ((512,) if quick else (512, 2048)),
         tokens=_number("--tokens", tokens, 32 if quick else 64),
         rounds=_number("--rounds", rounds, 1 if quick else 3),
-        given=frozenset(name for name, text in options.items() if text is not None),
+        given=frozenset(name for name, value in options.items() if value is not None),
     )
     fetch(model, config)
     with Waiting("starting") as waiting:
@@ -97,9 +85,9 @@ def bench(
         with signals.abrupt():
             device = _device(config)
     if json:
-        print(json_text.dumps(_report(model, config, plan, found, device)))
+        print(json_text.dumps(report(model, config, found, device)))
     else:
-        for line in _text(model, config, plan, found, device):
+        for line in text(model, config, found, device):
             print(printable(line))
     for reason in found.left_out:
         say(f"llm-os: left out: {reason}")
@@ -121,7 +109,7 @@ class _Steps:
 
 def _measure(model: str, config: llm_os.Config, plan: Plan, waiting: Waiting) -> Found:
     """Raises RequestError and Refused for what was asked for and does not fit, and what kernels and streams raise."""
-    found = Found()
+    found = Found(plan.tokens, plan.rounds)
     with signals.abrupt():
         image = llm_os.open_image(model, config)
     with closing(image):
@@ -227,90 +215,3 @@ def _device(config: llm_os.Config) -> llm_os.DeviceInfo | None:
     """What the kernel ran on: `auto` is cuda where it can be used, else cpu."""
     there = {info.driver: info for info in llm_os.probe(config) if info.unavailable is None}
     return there.get("cuda", there.get("cpu")) if config.driver == "auto" else there.get(config.driver)
-
-
-def _report(
-    model: str, config: llm_os.Config, plan: Plan, found: Found, device: llm_os.DeviceInfo | None
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "llm_os": llm_os.__version__,
-        "precision": config.precision,
-        "threads": config.threads,
-        "device": {name: getattr(device, name) for name in device.__struct_fields__} if device else None,
-        "tokens": plan.tokens,
-        "loads": [asdict(load) for load in found.loads],
-        "prompts": [
-            {
-                "tokens": length,
-                "tok_s": length / figure.median,
-                "first_token_s": figure.median,
-                "spread": figure.spread,
-                "rounds_s": figure.rounds,
-            }
-            for length, figure in found.prompts.items()
-        ],
-        "answers": [
-            {
-                "batch": batch,
-                "context": context,
-                "tok_s": figure.median,
-                "spread": figure.spread,
-                "rounds_tok_s": figure.rounds,
-            }
-            for (batch, context), figure in found.answers.items()
-        ],
-        "memory": {
-            "peak_bytes": found.peak_bytes,
-            "peak_bytes_one_answer": found.loads[0].peak_bytes,
-            "weights_bytes": found.weights,
-            "kv_bytes_per_token": found.kv_bytes_per_token,
-        },
-        "left_out": found.left_out,
-    }
-
-
-def _text(model: str, config: llm_os.Config, plan: Plan, found: Found, device: llm_os.DeviceInfo | None) -> list[str]:
-    lines = [f"{model}, {config.precision}", *_machine(config, device), ""]
-    lines.append(f"{'LOAD':<8}{'START':>12}{'LOAD':>12}{'FIRST TOKEN':>14}")
-    for name, load in zip(("first", "second"), found.loads, strict=True):
-        lines.append(f"{name:<8}{_s(load.start_s):>12}{_s(load.load_s):>12}{_s(load.first_token_s):>14}")
-    if found.prompts:
-        lines += ["", f"{'PROMPT':<8}{'TOKENS/S':>12}{'SPREAD':>12}{'FIRST TOKEN':>14}"]
-    for length, figure in found.prompts.items():
-        speed = f"{length / figure.median:,.1f}"
-        lines.append(f"{length:<8,}{speed:>12}{figure.spread:>12.1%}{_s(figure.median):>14}")
-    lines += _answers(found)
-    peak, first = megabytes(found.peak_bytes), megabytes(found.loads[0].peak_bytes)
-    return [
-        *lines,
-        "",
-        f"Tokens a second of all answers together; medians of {plan.rounds}, spread is half the range.",
-        f"Memory of the process at most: {peak}, with one answer {first};",
-        f"weights {megabytes(found.weights)}, KV {found.kv_bytes_per_token:,} bytes a token.",
-    ]
-
-
-def _machine(config: llm_os.Config, device: llm_os.DeviceInfo | None) -> list[str]:
-    if device is None:
-        return [f"driver {config.driver}"]
-    threads = f", --threads {config.threads}" if config.threads else ""
-    known = [" ".join(device.features), ", ".join(f"{name} {value}" for name, value in device.details.items())]
-    return [f"{device.driver}: {device.device}{threads}", *filter(None, known)]
-
-
-def _answers(found: Found) -> list[str]:
-    """A row for each batch, two columns for each context."""
-    contexts = sorted({context for _, context in found.answers})
-    if not contexts:
-        return []
-    lines = ["", f"{'BATCH':<8}" + "".join(f"{f'AFTER {context:,}':>12}{'SPREAD':>12}" for context in contexts)]
-    for batch in sorted({batch for batch, _ in found.answers}):
-        cells = [found.answers.get((batch, context)) for context in contexts]
-        row = [f"{cell.median:>12,.1f}{cell.spread:>12.1%}" if cell else f"{'-':>12}{'-':>12}" for cell in cells]
-        lines.append(f"{batch:<8}{''.join(row)}")
-    return lines
-
-
-def _s(seconds: float) -> str:
-    return f"{seconds:,.3f} s"

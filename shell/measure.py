@@ -161,11 +161,11 @@ class Subject:
             requests = [self._request(prompt, most) for prompt in prompts]
             streams = [running.enter_context(self._kernel.stream(request)) for request in requests]
             for stream in streams:
-                next(stream)
+                chunk = next(stream)
                 signals.check()
             begun, before = time.perf_counter(), self._counts()
             last = streams[-1]
-            left = before.get(last.pid, most) + tokens - 1  # the reader may be behind
+            left = before.get(last.pid, most) + tokens - len(chunk.token_ids)  # the reader may be behind
             for chunk in last:
                 signals.check()
                 left -= len(chunk.token_ids)

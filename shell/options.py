@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -98,7 +98,11 @@ class MachineOptions:
     """cpu, cuda, or auto: cuda where there is a GPU."""
     threads: int | None = None
     """Threads of the cpu driver."""
+    speculation: Literal["auto", "always", "off"] | None = None
+    """Check guesses of what comes next: auto, where that is quicker; always; off. It changes no answer."""
 
-    def config(self) -> llm_os.Config:
-        """With what the settings file says. Raises ConfigError for a value out of range."""
-        return settings.config(**asdict(self))
+    def config(self, **otherwise: Any) -> llm_os.Config:
+        """With what the settings file says, and `otherwise` for options that are not given. Raises ConfigError for a
+        value out of range."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return settings.config(**{**otherwise, **given})

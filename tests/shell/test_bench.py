@@ -23,14 +23,15 @@ def test_the_table_has_a_row_for_each_batch_and_a_column_for_each_context(run, s
     assert [row[0] for row in rows[titles["PROMPT"] + 1 :][:2]] == ["50", "100"]
     assert rows[titles["BATCH"]] == ["BATCH", "AFTER", "40", "SPREAD", "AFTER", "90", "SPREAD"]
     assert [(row[0], len(row)) for row in rows[titles["BATCH"] + 1 :][:2]] == [("1", 5), ("3", 5)]
-    assert done.stdout.startswith("sim:a, fast\nsim: simulated\n")
+    assert done.stdout.startswith("sim:a, fast, speculation off\nsim: simulated\n")
 
 
 def test_json_is_one_object_with_every_round(run, sim):
-    done = run("bench", "sim:a", *SMALL, *sim, "--json", "--precision", "exact")
+    done = run("bench", "sim:a", *SMALL, *sim, "--json", "--precision", "exact", "--speculation", "always")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
-    assert report["model"] == "sim:a" and report["precision"] == "exact" and report["device"]["driver"] == "sim"
+    assert (report["model"], report["precision"], report["speculation"]) == ("sim:a", "exact", "always")
+    assert report["device"]["driver"] == "sim"
     assert len(report["loads"]) == 2 and all(load["load_s"] > 0 for load in report["loads"])
     assert [each["tokens"] for each in report["prompts"]] == [50, 100]
     assert [(each["context"], each["batch"]) for each in report["answers"]] == [(40, 1), (40, 3), (90, 1), (90, 3)]
@@ -112,6 +113,24 @@ def test_answers_that_cannot_all_be_kept_going_are_refused(run, sim):
     done = run("bench", "sim:a?end_after=2", "--quick", *sim)
     assert (done.returncode, done.stdout) == (1, "")
     assert "at the same time" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_answers_are_kept_from_ending_once_one_of_them_has_ended(monkeypatch):
+    biases: list[dict[int, float]] = []
+    model = "sim:a?end_after=2"
+    kernel, _ = start(CONFIG, model)
+    stream = llm_os.Kernel.stream
+
+    def watched(kernel: llm_os.Kernel, request: llm_os.Request) -> llm_os.Stream:
+        biases.append(request.sampling.logit_bias)
+        return stream(kernel, request)
+
+    monkeypatch.setattr(llm_os.Kernel, "stream", watched)
+    with kernel:
+        subject = Subject(kernel, CONFIG, llm_os.open_image(model), model)
+        with pytest.raises(llm_os.Refused, match="1 answers of sim:a"):
+            subject.decode([subject.prompt(20)], 100)
+    assert biases == [{}, {256: -1000.0}]
 
 
 def test_ctrl_c_ends_it_cleanly_while_it_shows_how_far_it_is(terminal, sim):
