@@ -34,6 +34,7 @@ BUILT_IN = {  # name -> module, or "module:Class"; those that are on unless Conf
     "drivers": "llm_os.drivers.plugin",
     "policies": "llm_os.plugins.policies",
     "grammar": "llm_os.plugins.grammar.plugin:GrammarPlugin",
+    "prompt_lookup": "llm_os.plugins.prompt_lookup",
 }
 OPTIONAL = {  # built-ins that have to be enabled, as a stranger's
     "mcp": "llm_os.plugins.mcp:Mcp",
