@@ -63,7 +63,9 @@ class Arena:
     def holds(self, model: str) -> bool:
         return model in self._pools
 
-    def open(self, model: str, architecture: Architecture, page_tokens: int, pages: int) -> KvPool:
+    def open(
+        self, model: str, architecture: Architecture, page_tokens: int, pages: int, dtype: torch.dtype = torch.float32
+    ) -> KvPool:
         """The pool that the model kept, or a new one. Raises DriverError when the kept one was cut in another way."""
         shape = (len(architecture.layers), 2, architecture.kv_heads, page_tokens, architecture.head_dim)
         with self._lock:
@@ -75,7 +77,7 @@ class Arena:
                         f"pages of {page_tokens} tokens of this model; release it before loading"
                     )
                 return kept
-            page_bytes = 4 * torch.Size(shape).numel()
+            page_bytes = dtype.itemsize * torch.Size(shape).numel()
             slots = self._frame_bytes // page_bytes
             if slots == 0:
                 raise DriverError(
@@ -90,7 +92,7 @@ class Arena:
                     f"model {model!r} names {frames} frames of KV; the {self._device.type} device has "
                     f"{self._reservation.frames}; lower memory or release all models"
                 )
-            pool = self._pools[model] = KvPool(self._reservation.tensor[:frames], shape, slots, pages)
+            pool = self._pools[model] = KvPool(self._reservation.tensor[:frames].view(dtype), shape, slots, pages)
             return pool
 
     def claim(self, model: str, frames: Iterable[int]) -> None:

@@ -24,6 +24,11 @@ from msgspec import Struct, structs
 from llm_os.drivers.formats.architecture import Architecture
 from llm_os.drivers.formats.changed import stored
 from llm_os.drivers.formats.weights import Weights
+from llm_os.drivers.native.decoder import NativeDecoder
+from llm_os.drivers.native.footprint import measure_native
+from llm_os.drivers.native.packed import fits
+from llm_os.drivers.native.processor import can_compile
+from llm_os.drivers.native.threads import Team
 from llm_os.drivers.torch.allocator import releasing
 from llm_os.drivers.torch.arena import Arena
 from llm_os.drivers.torch.attention import Stretch
@@ -65,7 +70,7 @@ class _Resident(Struct, frozen=True):
     """A model on the device."""
 
     architecture: Architecture
-    decoder: Decoder
+    decoder: Decoder | NativeDecoder
     pool: KvPool
 
 
@@ -84,6 +89,9 @@ class TorchDriver:
         self._arena = Arena(config.frame_bytes, config.budget(probe().total_bytes) // config.frame_bytes, device)
         self._threads = config.threads if device.type == "cpu" else None
         self._threads_before = torch.get_num_threads()
+        self._team: Team | None = None  # where models run as native code
+        if device.type == "cpu" and config.precision == "fast" and can_compile():
+            self._team = Team(config.threads or torch.get_num_threads(), "llm-os-cpu-team")
         self._batches = ThreadPoolExecutor(1, f"llm-os-{device.type}")
         self._swaps = ThreadPoolExecutor(1, f"llm-os-{device.type}-swap")
         self._loads = ThreadPoolExecutor(1, f"llm-os-{device.type}-load")
@@ -96,6 +104,8 @@ class TorchDriver:
 
     def footprint(self, image: Image, batch_tokens: int) -> Footprint:
         contents = _contents(image)
+        if self._native(contents):
+            return measure_native(contents.hyperparameters, contents.weights, batch_tokens)
         return measure(contents.hyperparameters, contents.weights, self._format, batch_tokens, self._page_tokens)
 
     def load(self, model: str, image: Image, placement: Placement) -> Future[None]:
@@ -134,6 +144,8 @@ class TorchDriver:
                 worker.shutdown()
             self._models.clear()
             self._arena.clear()
+            if self._team is not None:
+                self._team.close()
         if self._threads is not None and torch.get_num_threads() == self._threads:
             torch.set_num_threads(self._threads_before)
 
@@ -161,9 +173,11 @@ class TorchDriver:
         a = contents.hyperparameters
         kept = self._arena.holds(model)
         try:
-            pool = self._arena.open(model, a, placement.page_tokens, placement.pages)
+            native = self._native(contents)
+            dtype = torch.float16 if native else torch.float32
+            pool = self._arena.open(model, a, placement.page_tokens, placement.pages, dtype)
             self._arena.displace(placement.extents)
-            decoder = Decoder(a, contents.weights, self._format)
+            decoder = self._decoder(contents, native)
         except Exception as error:
             with self._releasing():
                 traceback.clear_frames(error.__traceback__)  # they hold what was loaded so far
@@ -172,6 +186,14 @@ class TorchDriver:
             raise
         with self._releasing():
             self._models[model] = _Resident(a, decoder, pool)
+
+    def _native(self, contents: _Contents) -> bool:
+        return self._team is not None and fits(contents.hyperparameters, contents.weights)
+
+    def _decoder(self, contents: _Contents, native: bool) -> Decoder | NativeDecoder:
+        if native and self._team is not None:
+            return NativeDecoder(contents.hyperparameters, contents.weights, self._team)
+        return Decoder(contents.hyperparameters, contents.weights, self._format)
 
     def _unload(self, model: str) -> None:
         self._resident(model)

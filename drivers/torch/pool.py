@@ -10,11 +10,13 @@ the kernel could place pages side by side.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from math import prod
 
 import numpy as np
 import torch
 from msgspec import Struct
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm_os.kernel.driver import Move
@@ -37,15 +39,22 @@ class Layout:
 
     def __init__(self, pages: tuple[int, ...], page_tokens: int, slots: int) -> None:
         """`slots` is how many pages a frame has."""
-        self._pieces: list[Piece] = []
-        for index, page in enumerate(pages):
-            frame, slot = divmod(page, slots)
-            offset = slot * page_tokens
-            last = self._pieces[-1] if self._pieces else None
+        self.pages = pages
+        self._page_tokens = page_tokens
+        self._slots = slots
+
+    @cached_property
+    def _pieces(self) -> list[Piece]:
+        pieces: list[Piece] = []
+        for index, page in enumerate(self.pages):
+            frame, slot = divmod(page, self._slots)
+            offset = slot * self._page_tokens
+            last = pieces[-1] if pieces else None
             if last is not None and last.frame == frame and last.offset + last.length == offset:
-                self._pieces[-1] = Piece(last.start, frame, last.offset, last.length + page_tokens)
+                pieces[-1] = Piece(last.start, frame, last.offset, last.length + self._page_tokens)
             else:
-                self._pieces.append(Piece(index * page_tokens, frame, offset, page_tokens))
+                pieces.append(Piece(index * self._page_tokens, frame, offset, self._page_tokens))
+        return pieces
 
     def places(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Frame, and offset in the frame, of each of tokens `start .. stop`."""
@@ -65,7 +74,7 @@ class KvPool:
     """Keys and values of every page of one model: a view of memory that others may share, frame by frame."""
 
     def __init__(self, frames: Tensor, page_shape: tuple[int, ...], slots: int, pages: int) -> None:
-        """`frames` is [frames, float32 values of one]; `page_shape` is (layers, 2, kv_heads, page_tokens, head_dim)."""
+        """`frames` is [frames, values of one]; `page_shape` is (layers, 2, kv_heads, page_tokens, head_dim)."""
         self.page_shape = page_shape
         self.slots = slots
         self.pages = pages
@@ -75,7 +84,25 @@ class KvPool:
 
     @property
     def page_bytes(self) -> int:
-        return 4 * prod(self.page_shape)
+        return self._tensor.element_size() * prod(self.page_shape)
+
+    @property
+    def address(self) -> int:
+        """Of frame 0."""
+        return self._tensor.data_ptr()
+
+    def addresses(self, layer: int) -> tuple[int, int, int]:
+        """Of a layer's keys and values in frame 0, and the bytes from one head to the next."""
+        size = self._tensor.element_size()
+        steps = [size * step for step in self._tensor.stride()]
+        keys = self.address + layer * steps[1]
+        return keys, keys + steps[2], steps[3]
+
+    def begins(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where pages begin, in numbers from frame 0."""
+        frames, slots = np.divmod(pages, self.slots)
+        begins: NDArray[np.int64] = frames * self._tensor.stride(0) + slots * (self.page_tokens * self.page_shape[-1])
+        return begins
 
     def layer(self, index: int) -> Tensor:
         """Keys and values of a layer, [frames, 2, kv_heads, slots * page_tokens, head_dim], to read and to write."""
@@ -102,7 +129,7 @@ class KvPool:
 
     def read(self, pages: tuple[int, ...]) -> tuple[bytes, ...]:
         """The bits of whole pages, `page_bytes` each."""
-        scratch = torch.empty(self.page_shape)
+        scratch = torch.empty(self.page_shape, dtype=self._tensor.dtype)
         return tuple(scratch.copy_(self.page(page)).numpy().tobytes() for page in pages)
 
     def check(self, pages: tuple[int, ...], contents: tuple[bytes, ...]) -> None:
@@ -116,7 +143,8 @@ class KvPool:
 
     def restore(self, pages: tuple[int, ...], contents: tuple[bytes, ...]) -> None:
         """Write what `read` returned into whole pages, these or others."""
-        scratch = torch.empty(self.page_shape)
+        scratch = torch.empty(self.page_shape, dtype=self._tensor.dtype)
+        flat = scratch.view(-1).numpy()
         for page, content in zip(pages, contents, strict=True):
-            scratch.view(-1).numpy()[:] = np.frombuffer(content, np.float32)
+            flat[:] = np.frombuffer(content, flat.dtype)
             self.page(page).copy_(scratch)

@@ -28,3 +28,7 @@ class Rotation:
         """Rotate `x` [n, heads, head_dim]; dimensions past `rope.dim` pass through."""
         first, second, rest = x[..., : self._half], x[..., self._half : 2 * self._half], x[..., 2 * self._half :]
         return torch.cat((first * self._cos - second * self._sin, second * self._cos + first * self._sin, rest), dim=-1)
+
+    def angles(self) -> Tensor:
+        """[n, dim]: the cosines of each row, then its sines."""
+        return torch.cat((self._cos[:, 0], self._sin[:, 0]), dim=-1)

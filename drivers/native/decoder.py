@@ -1,0 +1,281 @@
+"""A decoder as one program of native operations. Knows weights and rows; no files, no sampling.
+
+rows of all sequences, one after another
+  embedding -> { norm -> q, k, v -> rope -> pages, attention -> output -> + ; norm -> gate, up -> down -> + }
+rows that sample -> norm -> head -> logits
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from ctypes import c_int64, c_void_p
+from functools import cache
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm_os.drivers.formats.architecture import Architecture, Rope
+from llm_os.drivers.formats.weights import Weights
+from llm_os.drivers.native.attention import TILE, write_attention
+from llm_os.drivers.native.machine import LANES
+from llm_os.drivers.native.matrix import GROUP, ROWS, Kind, write_product
+from llm_os.drivers.native.packed import Floats, PackedEmbedding, PackedMatrix, head_of, shares_embedding
+from llm_os.drivers.native.processor import Code, Processor
+from llm_os.drivers.native.program import FIELDS, write_run
+from llm_os.drivers.native.rows import (
+    ACTIVATIONS,
+    write_gate,
+    write_norm,
+    write_norm_added,
+    write_rotation,
+    write_rounding,
+)
+from llm_os.drivers.native.threads import Team
+from llm_os.drivers.torch.attention import Stretch
+from llm_os.drivers.torch.decoder import layer_matrices
+from llm_os.drivers.torch.embedding import EMBEDDING, FileEmbedding
+from llm_os.drivers.torch.pool import KvPool
+from llm_os.drivers.torch.rope import Rotation
+
+HEAD_ROWS = 32  # rows whose logits are there at a time
+_ITEMS = 24  # of a product, so that threads share it evenly
+_NO_WINDOW = 1 << 40
+_KINDS: tuple[Kind, ...] = ("Q4", "Q4F", "Q8")
+
+
+@cache
+def _compiled(head_dim: int, group: int, rope_dims: tuple[int, ...], qk_norm: bool) -> tuple[Code, dict[str, int]]:
+    """Code for all models of these sizes, and the number of each operation."""
+    module, processor = ir.Module("llm-os"), Processor()
+    operations = [write_product(module, processor, kind) for kind in _KINDS]
+    operations += [write_norm(module), write_rounding(module), write_norm_added(module)]
+    operations += [write_gate(module, activation) for activation in ACTIVATIONS]
+    operations += [write_rotation(module, head_dim, dim, qk_norm) for dim in rope_dims]
+    operations.append(write_attention(module, head_dim, group))
+    write_run(module, operations)
+    return processor.compile(module), {operation.raw.name: i for i, operation in enumerate(operations)}
+
+
+class _Layer:
+    def __init__(self, a: Architecture, index: int, weights: Weights) -> None:
+        names = layer_matrices(weights, index)
+        self.matrices = {name: PackedMatrix(weights, names[name]) for name in ("qkv", "output", "gate_up", "down")}
+        self.index = index
+        vectors = {"attention_norm": ["attn_norm.weight"], "feed_forward_norm": ["ffn_norm.weight"]}
+        if a.qkv_bias:
+            vectors["bias"] = [f"attn_{each}.bias" for each in "qkv"]
+        if a.qk_norm:
+            vectors["qk_norm"] = ["attn_q_norm.weight", "attn_k_norm.weight"]
+        if a.post_norms:
+            vectors["post_attention_norm"] = ["post_attention_norm.weight"]
+            vectors["post_feed_forward_norm"] = ["post_ffw_norm.weight"]
+        self.vectors = {
+            name: np.concatenate([weights[f"blk.{index}.{part}"].float32().reshape(-1) for part in parts])
+            for name, parts in vectors.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        return sum(m.nbytes for m in self.matrices.values()) + sum(v.nbytes for v in self.vectors.values())
+
+
+class NativeDecoder:
+    """A model's weights, packed, and the forward pass."""
+
+    def __init__(self, architecture: Architecture, weights: Weights, team: Team) -> None:
+        self._a = a = architecture
+        self._team = team
+        self._head = PackedMatrix(weights, [head_of(a)])
+        self._embedding: PackedEmbedding | FileEmbedding = (
+            PackedEmbedding(self._head) if shares_embedding(a, weights) else FileEmbedding(weights[EMBEDDING])
+        )
+        self._layers = [_Layer(a, index, weights) for index in range(len(a.layers))]
+        self._norm = weights["output_norm.weight"].float32().reshape(-1)
+        self.nbytes = (
+            self._embedding.nbytes + self._head.nbytes + self._norm.nbytes + sum(layer.nbytes for layer in self._layers)
+        )
+        ropes = {layer.rope for layer in a.layers}
+        group = a.heads // a.kv_heads
+        self._code, self._codes = _compiled(a.head_dim, group, tuple(sorted({rope.dim for rope in ropes})), a.qk_norm)
+        self._run = self._code.function("run", c_void_p, c_int64, c_void_p, c_void_p)
+        self._angles = {rope: _Angles(rope) for rope in ropes}
+        self._nothing = np.zeros(LANES, np.float32)
+        self._rows = 0  # that buffers have room for
+        self._base = 0
+
+    def forward(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Tensor:
+        """Feed `tokens`, the rows of all `stretches` in order; returns [n, hidden] before the last norm.
+
+        Writes their keys and values to `pool`. What it returns is overwritten by the next call.
+        """
+        count = len(tokens)
+        if count > self._rows or pool.address != self._base:
+            self._prepare(max(count, self._rows), pool)
+        self._x[:count] = np.asarray(self._embedding.rows(tokens))
+        if self._a.embedding_scale != 1:
+            self._x[:count] *= np.float32(self._a.embedding_scale)
+        self._place(stretches, pool, count)
+        self._perform(self._program, self._state)
+        return torch.from_numpy(self._x[:count])
+
+    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Scores over the vocabulary for rows of `forward`'s result, [up to HEAD_ROWS, vocab_size] at a time. Each is
+        overwritten by the next."""
+        for start in range(0, len(hidden), HEAD_ROWS):
+            rows = hidden[start : start + HEAD_ROWS].numpy()
+            self._x_head[: len(rows)] = rows
+            self._state_head[0] = len(rows)
+            self._perform(self._program_head, self._state_head)
+            yield torch.from_numpy(self._logits[: len(rows), : self._a.vocab_size])
+
+    def _perform(self, program: NDArray[np.int64], state: NDArray[np.int64]) -> None:
+        self._counters[: len(program)] = 0
+        data = (each.ctypes.data for each in (program, self._counters, state))
+        first, counters, now = data
+        self._team.run(self._run, first, len(program), counters, now)
+
+    def _place(self, stretches: list[Stretch], pool: KvPool, count: int) -> None:
+        """Write down where every row's keys and values go, and who attends to what."""
+        starts, lengths = np.array([(s.position, s.length) for s in stretches]).T
+        tables = np.array([len(s.layout.pages) for s in stretches])
+        tables = np.cumsum(tables) - tables
+        pages = np.fromiter(chain.from_iterable(s.layout.pages for s in stretches), np.int64)
+        begins = pool.begins(pages)
+        firsts = np.cumsum(lengths) - lengths
+        positions = np.arange(count) + np.repeat(starts - firsts, lengths)
+        page, token = np.divmod(positions, pool.page_tokens)
+        rows = begins[np.repeat(tables, lengths) + page]
+        if count == len(stretches):
+            tiles = np.stack([firsts, lengths, starts, tables], axis=1)
+        else:
+            tiles = np.array(
+                [
+                    (first + at, min(TILE, length - at), start + at, table)
+                    for first, length, start, table in zip(firsts, lengths, starts, tables, strict=True)
+                    for at in range(0, length, TILE)
+                ]
+            )
+        for rope, angles in self._angles.items():
+            self._angle_rows[rope][:count] = angles(positions)
+        self._placed = (np.ascontiguousarray(tiles), begins, rows, token)
+        addresses = map(_address, (rows, token, self._placed[0], begins))
+        self._state[:6] = (count, len(tiles), *addresses)
+
+    def _prepare(self, rows: int, pool: KvPool) -> None:
+        """Buffers for so many rows, and the programs that use them."""
+        a = self._a
+        rows = max(HEAD_ROWS, 1 << (rows - 1).bit_length())
+        self._rows, self._base = rows, pool.address
+        inner = a.heads * a.head_dim
+        widest = max(a.hidden, inner, a.intermediate)
+        self._x, self._x_head = np.zeros((rows, a.hidden), np.float32), np.zeros((HEAD_ROWS, a.hidden), np.float32)
+        self._y = np.zeros((rows, a.hidden if a.post_norms else 0), np.float32)
+        self._qkv = np.zeros((rows, (a.heads + 2 * a.kv_heads) * a.head_dim), np.float32)
+        self._attended = np.zeros((rows, inner), np.float32)
+        self._gate_up = np.zeros((rows, 2 * a.intermediate), np.float32)
+        self._logits = np.zeros((HEAD_ROWS, self._head.parts[0][2] * LANES), np.float32)
+        self._integers = np.zeros(rows * widest, np.int8), np.zeros((rows * widest // GROUP, 3), np.float32)
+        self._angle_rows = {rope: np.zeros((rows, rope.dim), np.float32) for rope in self._angles}
+        self._state, self._state_head = np.zeros(8, np.int64), np.zeros(8, np.int64)
+        self._program = _records([op for layer in self._layers for op in self._layer_program(layer, pool)])
+        head = [self._normed(self._x_head, self._norm), *self._product(self._head, self._logits)]
+        self._program_head = _records(head)
+        self._counters = np.zeros((len(self._program), 16), np.int64)
+
+    def _layer_program(self, layer: _Layer, pool: KvPool) -> Iterator[list[int]]:
+        a, vectors, matrices = self._a, layer.vectors, layer.matrices
+        shape = a.layers[layer.index]
+        keys, values, head_bytes = pool.addresses(layer.index)
+        inner = a.heads * a.head_dim
+        scale = _bits(a.attention_scale * math.log2(math.e))  # the softmax is in powers of 2
+        yield self._normed(self._x, vectors["attention_norm"])
+        yield from self._product(matrices["qkv"], self._qkv, bias=vectors.get("bias"))
+        yield [
+            self._codes[f"rotation_{a.head_dim}_{shape.rope.dim}{'_norm' if a.qk_norm else ''}"], 1, 1,
+            _address(self._qkv), a.heads, a.kv_heads, self._qkv.shape[1], _address(self._angle_rows[shape.rope]), scale,
+            keys, values, head_bytes, _address(vectors.get("qk_norm", self._nothing)), _bits(a.norm_eps),
+        ]  # fmt: skip
+        yield [
+            self._codes[f"attention_{a.head_dim}_{a.heads // a.kv_heads}"], a.kv_heads, 0,
+            _address(self._qkv), self._qkv.shape[1], _address(self._attended), self._attended.shape[1],
+            keys, values, head_bytes, shape.window or _NO_WINDOW, pool.page_tokens,
+        ]  # fmt: skip
+        yield self._rounded("rounding", self._attended, inner)
+        yield from self._added(matrices["output"], vectors.get("post_attention_norm"))
+        yield self._normed(self._x, vectors["feed_forward_norm"])
+        yield from self._product(matrices["gate_up"], self._gate_up)
+        yield self._rounded(a.activation, self._gate_up, a.intermediate)
+        yield from self._added(matrices["down"], vectors.get("post_feed_forward_norm"))
+
+    def _added(self, matrix: PackedMatrix, norm: Floats | None) -> Iterator[list[int]]:
+        """A product that is added to the rows, normed before where the model says so."""
+        if norm is None:
+            yield from self._product(matrix, self._x, add=True)
+        else:
+            yield from self._product(matrix, self._y)
+            yield [
+                self._codes["norm_added"], 1, 1, _address(self._x), 0, _address(self._y), _address(norm),
+                self._a.hidden // GROUP, _bits(self._a.norm_eps),
+            ]  # fmt: skip
+
+    def _rounded(self, operation: str, rows: Floats, columns: int) -> list[int]:
+        return [self._codes[operation], 1, 1, *map(_address, self._integers), _address(rows), 0, columns // GROUP]
+
+    def _normed(self, rows: Floats, weight: Floats) -> list[int]:
+        groups = self._a.hidden // GROUP
+        return [
+            self._codes["norm"], 1, 1, *map(_address, self._integers), _address(rows), _address(weight), groups,
+            _bits(self._a.norm_eps),
+        ]  # fmt: skip
+
+    def _product(
+        self, matrix: PackedMatrix, out: Floats, add: bool = False, bias: Floats | None = None
+    ) -> Iterator[list[int]]:
+        done = 0
+        for kind, packed, blocks in matrix.parts:
+            chunk = max(1, blocks // _ITEMS)
+            place = self._nothing if bias is None else bias[done * LANES :]
+            yield [
+                self._codes[f"product_{kind}"], -(-blocks // chunk), ROWS, *map(_address, self._integers),
+                _address(packed), _address(out) + 4 * LANES * done, matrix.groups, blocks, chunk, out.shape[1],
+                int(add), _address(place), 0 if bias is None else 4 * LANES,
+            ]  # fmt: skip
+            done += blocks
+
+
+class _Angles:
+    """Cosines and sines of a rotation, for each position that has been asked for."""
+
+    def __init__(self, rope: Rope) -> None:
+        self._rope = rope
+        self._table = np.zeros((0, rope.dim), np.float32)
+
+    def __call__(self, positions: NDArray[np.int64]) -> Floats:
+        last = int(positions.max())
+        if last >= len(self._table):
+            rotation = Rotation(self._rope, torch.arange(max(1024, 2 * last)))
+            self._table = rotation.angles().numpy()
+        return self._table[positions]
+
+
+def _address(array: Any) -> int:
+    address: int = array.ctypes.data
+    return address
+
+
+def _bits(number: float) -> int:
+    return int.from_bytes(struct.pack("<f", number), "little")
+
+
+def _records(operations: list[list[int]]) -> NDArray[np.int64]:
+    records = np.zeros((len(operations), FIELDS), np.int64)
+    for record, operation in zip(records, operations, strict=True):
+        record[: len(operation)] = operation
+    return records

@@ -1,0 +1,72 @@
+"""A list of operations that several threads work through together. Knows no model: an operation is a record of numbers.
+
+    operation   | code | items | rows of an item | fields ... |      64 bits each
+    items       fixed x (rows of the batch / rows of an item, rounded up), or x the tiles of the batch
+
+Every thread goes through the whole list. It takes the next item of an operation, while there are any, and goes on when
+all of them are done, whoever did them. So a thread that comes late, or never, costs speed and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llvmlite import ir
+
+from llm_os.drivers.native.machine import I64, PTR, Function, Value, Variable
+
+FIELDS = 16
+_SPINS = 4000  # looks at a counter before the processor is offered to others
+ROWS, TILES = 0, 1  # state fields; further ones are in `rows` and `attention`
+
+
+def write_run(module: ir.Module, operations: Sequence[Function]) -> None:
+    """`run(program, operations, counters, state)`: operation i has code i of `operations`. `counters` are two zeros for
+    each operation."""
+    f = Function(module, "run", [PTR, I64, PTR, PTR], inner=False)
+    program, count, counters, state = f.arguments
+    with f.loop(0, count) as index:
+        op = program.at(index, 8 * FIELDS)
+        taken, done = counters.at(index, 128), counters.at(index, 128).at(64)
+        items = Variable(f.constant(0, I64))
+        each = op.field(2, I64)
+        with f.when(each > 0):
+            items.set(op.field(1, I64) * ((state.field(ROWS, I64) + each - 1) // each))
+        with f.when(each <= 0):
+            items.set(op.field(1, I64) * state.field(TILES, I64))
+        total = items.get()
+        with f.forever() as leave_if:
+            item = _add(f, taken, 1)
+            leave_if(item >= total)
+            _dispatch(f, operations, op, item, state)
+            _add(f, done, 1)
+        _await(f, done, total)
+    f.end()
+
+
+def _dispatch(f: Function, operations: Sequence[Function], op: Value, item: Value, state: Value) -> None:
+    build = f.builder
+    after = f.raw.append_basic_block("performed")
+    switch = build.switch(op.field(0, I64).raw, after)
+    for code, operation in enumerate(operations):
+        block = f.raw.append_basic_block(operation.raw.name)
+        switch.add_case(I64(code), block)
+        build.position_at_end(block)
+        f.call(operation.raw, op, item, state)
+        build.branch(after)
+    build.position_at_end(after)
+
+
+def _add(f: Function, counter: Value, number: int) -> Value:
+    return Value(f, f.builder.atomic_rmw("add", counter.raw, I64(number), "acq_rel"))
+
+
+def _await(f: Function, counter: Value, number: Value) -> None:
+    rest = ir.Function(f.module, ir.FunctionType(ir.IntType(32), []), "sched_yield")
+    spins = Variable(f.constant(0, I64))
+    with f.forever() as leave_if:
+        leave_if(Value(f, f.builder.load_atomic(counter.raw, "acquire", 8, typ=I64)) >= number)
+        spins.set(spins.get() + 1)
+        with f.when(spins.get() > _SPINS):
+            f.builder.call(rest, [])
+            spins.set(f.constant(0, I64))

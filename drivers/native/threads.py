@@ -1,0 +1,30 @@
+"""Threads that call the same compiled function at the same time. Knows no program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+
+class Team:
+    """The caller's thread and `count - 1` others, which wait for work without using the processor."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._others = count - 1
+        self._pool = ThreadPoolExecutor(self._others, name) if self._others else None
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Returns when all have come back. The function must not need them all: a thread may come late."""
+        if self._pool is None:
+            function(*arguments)
+            return
+        others = [self._pool.submit(function, *arguments) for _ in range(self._others)]
+        function(*arguments)
+        for other in others:
+            if not other.cancel():
+                other.result()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
