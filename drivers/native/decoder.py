@@ -10,57 +10,33 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from ctypes import c_int64, c_void_p
-from functools import cache
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llm_os.drivers.formats.architecture import Architecture, Rope
 from llm_os.drivers.formats.weights import Weights
-from llm_os.drivers.native.attention import TILE, write_attention
+from llm_os.drivers.native.attention import TILE
+from llm_os.drivers.native.kernels import Sizes, load_kernels
 from llm_os.drivers.native.machine import LANES
-from llm_os.drivers.native.matrix import GROUP, ROWS, Kind, write_product
+from llm_os.drivers.native.matrix import GROUP, ROWS
 from llm_os.drivers.native.packed import Floats, PackedEmbedding, PackedMatrix, head_of, shares_embedding
-from llm_os.drivers.native.processor import Code, Processor
-from llm_os.drivers.native.program import FIELDS, write_run
-from llm_os.drivers.native.rows import (
-    ACTIVATIONS,
-    write_gate,
-    write_norm,
-    write_norm_added,
-    write_rotation,
-    write_rounding,
-)
+from llm_os.drivers.native.program import FIELDS
 from llm_os.drivers.native.threads import Team
 from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import layer_matrices
 from llm_os.drivers.torch.embedding import EMBEDDING, FileEmbedding
 from llm_os.drivers.torch.pool import KvPool
 from llm_os.drivers.torch.rope import Rotation
+from llm_os.drivers.torch.sampler import Scores
 
 HEAD_ROWS = 32  # rows whose logits are there at a time
 _ITEMS = 24  # of a product, so that threads share it evenly
 _NO_WINDOW = 1 << 40
-_KINDS: tuple[Kind, ...] = ("Q4", "Q4F", "Q8")
-
-
-@cache
-def _compiled(head_dim: int, group: int, rope_dims: tuple[int, ...], qk_norm: bool) -> tuple[Code, dict[str, int]]:
-    """Code for all models of these sizes, and the number of each operation."""
-    module, processor = ir.Module("llm-os"), Processor()
-    operations = [write_product(module, processor, kind) for kind in _KINDS]
-    operations += [write_norm(module), write_rounding(module), write_norm_added(module)]
-    operations += [write_gate(module, activation) for activation in ACTIVATIONS]
-    operations += [write_rotation(module, head_dim, dim, qk_norm) for dim in rope_dims]
-    operations.append(write_attention(module, head_dim, group))
-    write_run(module, operations)
-    return processor.compile(module), {operation.raw.name: i for i, operation in enumerate(operations)}
 
 
 class _Layer:
@@ -102,9 +78,18 @@ class NativeDecoder:
             self._embedding.nbytes + self._head.nbytes + self._norm.nbytes + sum(layer.nbytes for layer in self._layers)
         )
         ropes = {layer.rope for layer in a.layers}
-        group = a.heads // a.kv_heads
-        self._code, self._codes = _compiled(a.head_dim, group, tuple(sorted({rope.dim for rope in ropes})), a.qk_norm)
-        self._run = self._code.function("run", c_void_p, c_int64, c_void_p, c_void_p)
+        matrices = [self._head, *(matrix for layer in self._layers for matrix in layer.matrices.values())]
+        self._kernels = load_kernels(
+            Sizes(
+                head_dim=a.head_dim,
+                group=a.heads // a.kv_heads,
+                rope_dims=tuple(sorted({rope.dim for rope in ropes})),
+                qk_norm=a.qk_norm,
+                activation=a.activation,
+                kinds=tuple(sorted({kind for matrix in matrices for kind, _, _ in matrix.parts})),
+            )
+        )
+        self._codes = self._kernels.codes
         self._angles = {rope: _Angles(rope) for rope in ropes}
         self._nothing = np.zeros(LANES, np.float32)
         self._rows = 0  # that buffers have room for
@@ -125,21 +110,24 @@ class NativeDecoder:
         self._perform(self._program, self._state)
         return torch.from_numpy(self._x[:count])
 
-    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Scores over the vocabulary for rows of `forward`'s result, [up to HEAD_ROWS, vocab_size] at a time. Each is
-        overwritten by the next."""
+    def scores(self, hidden: Tensor) -> Iterator[Scores]:
+        """Over the vocabulary, for rows of `forward`'s result, up to HEAD_ROWS at a time. Each is overwritten by the
+        next."""
         for start in range(0, len(hidden), HEAD_ROWS):
             rows = hidden[start : start + HEAD_ROWS].numpy()
             self._x_head[: len(rows)] = rows
             self._state_head[0] = len(rows)
             self._perform(self._program_head, self._state_head)
-            yield torch.from_numpy(self._logits[: len(rows), : self._a.vocab_size])
+            best, finite = self._best[: len(rows)].T.tolist()
+            yield Scores(
+                torch.from_numpy(self._logits[: len(rows), : self._a.vocab_size]), best, list(map(bool, finite))
+            )
 
     def _perform(self, program: NDArray[np.int64], state: NDArray[np.int64]) -> None:
         self._counters[: len(program)] = 0
         data = (each.ctypes.data for each in (program, self._counters, state))
         first, counters, now = data
-        self._team.run(self._run, first, len(program), counters, now)
+        self._team.run(self._kernels.run, first, len(program), counters, now)
 
     def _place(self, stretches: list[Stretch], pool: KvPool, count: int) -> None:
         """Write down where every row's keys and values go, and who attends to what."""
@@ -185,8 +173,23 @@ class NativeDecoder:
         self._angle_rows = {rope: np.zeros((rows, rope.dim), np.float32) for rope in self._angles}
         self._state, self._state_head = np.zeros(8, np.int64), np.zeros(8, np.int64)
         self._program = _records([op for layer in self._layers for op in self._layer_program(layer, pool)])
-        head = [self._normed(self._x_head, self._norm), *self._product(self._head, self._logits)]
-        self._program_head = _records(head)
+        self._best = np.zeros((HEAD_ROWS, 2), np.int64)
+        width = self._logits.shape[1]
+        self._program_head = _records(
+            [
+                self._normed(self._x_head, self._norm),
+                *self._product(self._head, self._logits),
+                [
+                    self._codes["best"],
+                    1,
+                    1,
+                    *map(_address, (self._best, self._nothing, self._logits)),
+                    0,
+                    width,
+                    a.vocab_size,
+                ],
+            ]
+        )
         self._counters = np.zeros((len(self._program), 16), np.int64)
 
     def _layer_program(self, layer: _Layer, pool: KvPool) -> Iterator[list[int]]:
@@ -198,12 +201,12 @@ class NativeDecoder:
         yield self._normed(self._x, vectors["attention_norm"])
         yield from self._product(matrices["qkv"], self._qkv, bias=vectors.get("bias"))
         yield [
-            self._codes[f"rotation_{a.head_dim}_{shape.rope.dim}{'_norm' if a.qk_norm else ''}"], 1, 1,
+            self._codes[f"rotation_{shape.rope.dim}"], 1, 1,
             _address(self._qkv), a.heads, a.kv_heads, self._qkv.shape[1], _address(self._angle_rows[shape.rope]), scale,
             keys, values, head_bytes, _address(vectors.get("qk_norm", self._nothing)), _bits(a.norm_eps),
         ]  # fmt: skip
         yield [
-            self._codes[f"attention_{a.head_dim}_{a.heads // a.kv_heads}"], a.kv_heads, 0,
+            self._codes["attention"], a.kv_heads, 0,
             _address(self._qkv), self._qkv.shape[1], _address(self._attended), self._attended.shape[1],
             keys, values, head_bytes, shape.window or _NO_WINDOW, pool.page_tokens,
         ]  # fmt: skip
@@ -211,7 +214,7 @@ class NativeDecoder:
         yield from self._added(matrices["output"], vectors.get("post_attention_norm"))
         yield self._normed(self._x, vectors["feed_forward_norm"])
         yield from self._product(matrices["gate_up"], self._gate_up)
-        yield self._rounded(a.activation, self._gate_up, a.intermediate)
+        yield self._rounded("gate", self._gate_up, a.intermediate)
         yield from self._added(matrices["down"], vectors.get("post_feed_forward_norm"))
 
     def _added(self, matrix: PackedMatrix, norm: Floats | None) -> Iterator[list[int]]:

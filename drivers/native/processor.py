@@ -29,9 +29,8 @@ class Processor:
         binding.initialize_native_asmprinter()
         features = binding.get_host_cpu_features().flatten() if name is None else ""
         target = binding.Target.from_default_triple()
-        self._machine = target.create_target_machine(
-            cpu=name or binding.get_host_cpu_name(), features=features, opt=2, jit=True
-        )
+        self._name = name or binding.get_host_cpu_name()
+        self._machine = target.create_target_machine(cpu=self._name, features=features, opt=2, jit=True)
         self.features = frozenset((features or _FEATURES.get(name or "", "")).split(","))
 
     def dot(self, a: Sequence[Value], b: Sequence[Value], total: Value) -> Value:
@@ -56,8 +55,25 @@ class Processor:
                 total = total + _in_pairs(f, left, right)
         return total
 
-    def compile(self, module: ir.Module) -> Code:
-        return Code(module, self._machine)
+    @property
+    def identity(self) -> str:
+        """Names the processor, what it can do, and who compiles for it."""
+        llvm = ".".join(map(str, binding.llvm_version_info))
+        return f"{self._name} {','.join(sorted(self.features))} llvm {llvm} {self._machine.triple}"
+
+    def compile(self, module: ir.Module) -> bytes:
+        """An object file."""
+        parsed = binding.parse_assembly(str(module))
+        parsed.verify()
+        options = binding.PipelineTuningOptions(speed_level=2)
+        options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+        passes = binding.create_pass_builder(self._machine, options)
+        passes.getModulePassManager().run(parsed, passes)
+        data: bytes = self._machine.emit_object(parsed)
+        return data
+
+    def link(self, data: bytes) -> Code:
+        return Code(data, self._machine)
 
 
 _FEATURES = {"alderlake": "+avxvnni"}
@@ -78,14 +94,10 @@ def _pair_sums(f: Function, a: Value, b: Value) -> Value:
 class Code:
     """Compiled functions. Lives as long as somebody may call them."""
 
-    def __init__(self, module: ir.Module, machine: Any) -> None:
-        parsed = binding.parse_assembly(str(module))
-        parsed.verify()
-        options = binding.PipelineTuningOptions(speed_level=2)
-        options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
-        passes = binding.create_pass_builder(machine, options)
-        passes.getModulePassManager().run(parsed, passes)
-        self._engine = binding.create_mcjit_compiler(parsed, machine)
+    def __init__(self, data: bytes, machine: Any) -> None:
+        """`data` is an object file."""
+        self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+        self._engine.add_object_file(binding.ObjectFileRef.from_data(data))
         self._engine.finalize_object()
 
     def function(self, name: str, *arguments: Any) -> Any:

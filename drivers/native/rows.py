@@ -134,6 +134,34 @@ def write_norm_added(module: ir.Module) -> Function:
     return f
 
 
+def write_best(module: ir.Module) -> Function:
+    """The greatest of a row, the first of equals, and whether all are finite. Fields: best (two 64-bit numbers for each
+    row), -, rows, -, floats of a row, how many count."""
+    f = Function(module, "best", [PTR, I64, PTR])
+    op, item, _ = f.arguments
+    row, count = op.field(5, PTR).at(item * op.field(7, I64), 4), op.field(8, I64)
+    lowest = f.constant(float("-inf"), _FLOATS)
+    greatest, places = Variable(lowest), Variable(f.constant(0, vector(I32)))
+    unsound = Variable(f.constant(0.0, _FLOATS))
+    with f.loop(0, count, LANES) as i:
+        place = i.to(I32).spread() + f.lanes()
+        counts = place < count.to(I32).spread()
+        x = row.at(i, 4).load(_FLOATS)
+        unsound.set(unsound.get() + counts.where(x - x, f.constant(0.0, _FLOATS)))
+        more = counts.where(x, lowest) > greatest.get()
+        greatest.set(more.where(x, greatest.get()))
+        places.set(more.where(place, places.get()))
+    best = f.largest(greatest.get()).spread()
+    none = f.constant(2**31 - 1, vector(I32))
+    first = f.least((greatest.get() >= best).where(places.get(), none))
+    out = op.field(3, PTR).at(item, 16)
+    out.store(first.to(I64))
+    sound = f.total(unsound.get()).equals(0.0)
+    out.at(8).store(sound.where(f.constant(1, I64), f.constant(0, I64)))
+    f.end()
+    return f
+
+
 def _quantized(
     f: Function, op: Value, item: Value, groups: Value, pair: Callable[[Value], tuple[Value, Value]]
 ) -> None:

@@ -31,8 +31,8 @@ class Store:
     def __init__(
         self, path: Path | None = None, *, connect_timeout_s: float = 1.5, read_timeout_s: float = 10.0
     ) -> None:
-        self.path = Path(path) if path is not None else _home("data") / "models"
-        self._user_aliases = _home("config") / "aliases.json"
+        self.path = Path(path) if path is not None else home("data") / "models"
+        self._user_aliases = home("config") / "aliases.json"
         self._shelf = Shelf(self.path)
         self._timeouts = (connect_timeout_s, read_timeout_s)
 
@@ -186,14 +186,21 @@ def _as_store_error(root: Path, pull: Transfer | None = None) -> Iterator[None]:
         ) from error
 
 
-def _home(kind: str) -> Path:
-    """The user's directory for llm-os's "data" or "config"."""
+_BASES = {  # https://specifications.freedesktop.org/basedir-spec
+    "data": ("XDG_DATA_HOME", ".local/share"),
+    "config": ("XDG_CONFIG_HOME", ".config"),
+    "cache": ("XDG_CACHE_HOME", ".cache"),
+}
+
+
+def home(kind: str) -> Path:
+    """The user's directory for llm-os's "data", "config" or "cache"."""
     if home := os.environ.get("LLM_OS_HOME"):
         return Path(home).expanduser().absolute()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "llm-os"
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "llm-os"
-    variable, fallback = ("XDG_DATA_HOME", ".local/share") if kind == "data" else ("XDG_CONFIG_HOME", ".config")
+    variable, fallback = _BASES[kind]
     base = os.environ.get(variable, "")
     return (Path(base) if os.path.isabs(base) else Path.home() / fallback) / "llm-os"  # noqa: PTH117

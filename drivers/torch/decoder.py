@@ -21,6 +21,7 @@ from llm_os.drivers.torch.linear import Format, Linear
 from llm_os.drivers.torch.pool import KvPool, Places
 from llm_os.drivers.torch.rope import Rotation
 from llm_os.drivers.torch.rows import ACTIVATIONS, rms_norm
+from llm_os.drivers.torch.sampler import Scores, scores_of
 
 
 class DecoderLayer:
@@ -110,11 +111,11 @@ class Decoder:
             x = layer.forward(x, rotations[layer.rope], plans[layer.window], pool, (frames, offsets))
         return rms_norm(x, self._norm, self._architecture.norm_eps)
 
-    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Scores over the vocabulary for rows of `forward`'s result, [up to a tile, vocab_size] at a time."""
+    def scores(self, hidden: Tensor) -> Iterator[Scores]:
+        """Over the vocabulary, for rows of `forward`'s result, up to a tile at a time."""
         tile = self._format.tile
         for start in range(0, len(hidden), tile):
-            yield self._head(hidden[start : start + tile])
+            yield scores_of(self._head(hidden[start : start + tile]))
 
 
 def layer_matrices(weights: Weights, index: int) -> dict[str, list[str]]:

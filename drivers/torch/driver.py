@@ -234,7 +234,7 @@ class TorchDriver:
     def _run(self, batch: Batch) -> tuple[Row, ...]:
         resident = self._resident(batch.model)
         stretches = _lay_out(batch.sequences, resident)
-        self._arena.claim(batch.model, {piece.frame for s in stretches for piece in s.layout.pieces(s.position, s.end)})
+        self._arena.claim(batch.model, set[int]().union(*(s.layout.frames(s.position, s.end) for s in stretches)))
         tokens = [token for sequence in batch.sequences for token in sequence.fed]
         hidden = resident.decoder.forward(tokens, stretches, resident.pool)
         wishes: list[Sample] = []
@@ -249,9 +249,9 @@ class TorchDriver:
                 places += range(stretch.row + stretch.length - count, stretch.row + stretch.length)
                 owners += [index] * count
         chosen: list[Row] = []
-        for logits in resident.decoder.logits(hidden[torch.tensor(places, device=self._device)]) if places else ():
-            part = slice(len(chosen), len(chosen) + len(logits))
-            chosen += sample(logits, wishes[part], guesses[part], chosen[-1] if chosen else None)
+        for scores in resident.decoder.scores(hidden[torch.tensor(places, device=self._device)]) if places else ():
+            part = slice(len(chosen), len(chosen) + len(scores.logits))
+            chosen += sample(scores, wishes[part], guesses[part], chosen[-1] if chosen else None)
         rows: list[list[Row]] = [[] for _ in batch.sequences]
         for index, row in zip(owners, chosen, strict=True):
             rows[index].append(row)

@@ -134,8 +134,7 @@ class Format(Struct, frozen=True):
     packed: bool  # oneDNN's layout, where the shape allows it
     device: torch.device
     embedding_in_file_type: bool  # rows of the embedding are dequantized on the host, where they are read
-    integers: Way | None = None  # how 8-bit rows are multiplied: "onednn", "emulated", or unpacked
-    int4: bool = False  # torch's product with 4-bit groups, else unpacked
+    quick: bool = False  # integers are multiplied as they are where the processor can, else unpacked
 
     def linear(self, weights: Weights, names: list[str]) -> Linear:
         """One matrix from the rows of several, which have the same number of columns."""
@@ -163,14 +162,19 @@ class Format(Struct, frozen=True):
         kind = _kept(weights, names)
         if kind is None:
             return rows * columns * self.dtype.itemsize
-        return held_bytes(choose_way(kind, rows, columns, self.integers, self.int4), kind, rows, columns)
+        return held_bytes(self._way(kind, rows, columns), kind, rows, columns)
 
     def kept_bytes(self, weights: Weights, names: list[str], rows: int, columns: int) -> int:
         """What `linear` has besides, while it loads: the matrix as a pass made it. 0 where the file has it."""
         return 0 if _kept(weights, names) is None else self.nbytes(weights, names, rows, columns)
 
+    def _way(self, kind: str, rows: int, columns: int) -> Way:
+        if not self.quick:
+            return choose_way(kind, rows, columns, None, False)
+        return choose_way(kind, rows, columns, probe_integers(), probe_int4())  # probed when they are needed first
+
     def _held(self, tensors: list[WeightTensor], kind: str, rows: int, columns: int) -> Linear:
-        way = choose_way(kind, rows, columns, self.integers, self.int4)
+        way = self._way(kind, rows, columns)
         if way == "int4":
             return Int4Linear(_as_they_are(tensors), columns)
         if way != "unpacked":
@@ -197,7 +201,6 @@ def choose_format(precision: str, device: torch.device) -> Format:
     and multiplied as they are in fast mode, where the processor can.
     """
     if device.type == "cpu":
-        integers, int4 = (probe_integers(), probe_int4()) if precision == "fast" else (None, False)
         packed = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        return Format(torch.float32, 16, packed, device, True, integers, int4)
+        return Format(torch.float32, 16, packed, device, True, precision == "fast")
     return Format(torch.bfloat16 if precision == "fast" else torch.float32, 16, False, device, False)

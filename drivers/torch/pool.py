@@ -56,6 +56,11 @@ class Layout:
                 pieces.append(Piece(index * self._page_tokens, frame, offset, self._page_tokens))
         return pieces
 
+    def frames(self, start: int, stop: int) -> set[int]:
+        """The frames that hold tokens `start .. stop`."""
+        pages = self.pages[start // self._page_tokens : -(-stop // self._page_tokens)]
+        return {page // self._slots for page in pages}
+
     def places(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Frame, and offset in the frame, of each of tokens `start .. stop`."""
         return [(piece.frame, piece.offset + i) for piece in self.pieces(start, stop) for i in range(piece.length)]

@@ -8,6 +8,8 @@ depend on the others.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,20 +22,30 @@ Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
 
+class Scores(NamedTuple):
+    """What the model computed for some rows."""
+
+    logits: Tensor  # [n, vocab_size]
+    best: list[int]  # the greatest of each row, the first of equals
+    finite: list[bool]  # whether all of a row are
+
+
+def scores_of(logits: Tensor) -> Scores:
+    return Scores(logits, logits.argmax(dim=-1).tolist(), torch.isfinite(logits).all(dim=-1).tolist())
+
+
 def sample(
-    logits: Tensor, samples: list[Sample], guesses: list[int | None] | None = None, before: Row = None
+    scores: Scores, samples: list[Sample], guesses: list[int | None] | None = None, before: Row = None
 ) -> list[Row]:
-    """One choice for each row of `logits`, [len(samples), vocab_size]. A row with NaN or infinity is a RowError, and
+    """One choice for each row of `scores`. A row with NaN or infinity is a RowError, and
     one whose mask fails; for that it waits.
 
     A row that was fed a guess gets None unless the row before it, of the first one `before`, chose that token."""
-    finite = torch.isfinite(logits).all(dim=-1).tolist()
-    best = logits.argmax(dim=-1).tolist()
     rows: list[Row] = []
     for row, wish in enumerate(samples):
         guess = None if guesses is None else guesses[row]
         if guess is None or (isinstance(before, Sampled) and before.token == guess):
-            before = _try(logits[row], wish, best[row], finite[row])
+            before = _try(scores.logits[row], wish, scores.best[row], scores.finite[row])
         else:
             before = None
         rows.append(before)

@@ -8,8 +8,12 @@ import random
 import pytest
 import torch
 
-from llm_os.drivers.torch.sampler import sample
+from llm_os.drivers.torch import sampler
 from llm_os.kernel.driver import RowError, Sample, Sampled
+
+
+def sample(logits, wishes):
+    return sampler.sample(sampler.scores_of(logits), wishes)
 
 
 def softmax(scores):

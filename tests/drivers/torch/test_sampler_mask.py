@@ -7,8 +7,13 @@ import pytest
 import torch
 
 import llm_os
-from llm_os.drivers.torch.sampler import sample
+from llm_os.drivers.torch import sampler
 from llm_os.kernel.driver import RowError, Sample, Sampled
+
+
+def sample(logits, wishes):
+    return sampler.sample(sampler.scores_of(logits), wishes)
+
 
 LOGITS = torch.tensor([[3.0, 5.0, 1.0, 4.0, 2.0, 5.0, 0.0, 4.5, -1.0, 2.5]])
 
