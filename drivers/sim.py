@@ -297,14 +297,12 @@ class SimDriver:
                 digest = (digest * 0x100000001B3 ^ cell) & _M64  # fold, without the call
             left -= size
         row, more = self._choose(digest, rows.sample, image), list[Sampled]()
-        last = row
-        for position, guess in enumerate(rows.guesses, end):
-            if not isinstance(last, Sampled) or last.token != guess.token:
-                break
+        for position, guess in enumerate(rows.guesses, end):  # wrong ones too, so that whoever believes them is found
             digest = fold(digest, pages[position // size][position % size])
-            last = self._choose(digest, guess.sample, image)
-            if isinstance(last, Sampled):
-                more.append(last)
+            following = self._choose(digest, guess.sample, image)
+            if not isinstance(following, Sampled):
+                break
+            more.append(following)
         return structs.replace(row, more=tuple(more)) if more and isinstance(row, Sampled) else row
 
     def _choose(self, digest: int, sample: Sample, image: SimImage) -> Row:

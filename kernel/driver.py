@@ -146,8 +146,8 @@ class Sampled(Struct, frozen=True):
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # the most likely tokens, best first
-    more: tuple[Sampled, ...] = ()  # what was chosen after each guess; it ends where the guess after that was wrong,
-    # since what follows a wrong guess is worth nothing: more[n] is there if all guesses up to n were what was chosen
+    more: tuple[Sampled, ...] = ()  # what was chosen after each guess. It may end where a guess is not what was chosen
+    # before it: what follows is worth nothing. It ends where a row failed
 
 
 class RowError(Struct, frozen=True):

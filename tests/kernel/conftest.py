@@ -3,18 +3,69 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import llm_os
+from llm_os.drivers.sim import Lone, SimImage
+from llm_os.kernel.process import salt_of
+from llm_os.kernel.random import uniform
 from llm_os.testing import Machine
 
 
 @pytest.fixture
 def machine() -> type[Machine]:
     return Machine
+
+
+class Oracle:
+    """Guesses what a lone process of its machine would answer, but for what `spoil(position, token)` makes of it."""
+
+    def __init__(self, spoil: Callable[[int, int], int]) -> None:
+        self.machine: Machine | None = None
+        self.spoil = spoil
+        self.asked: list[int] = []  # limits
+
+    def open(self, context: llm_os.DraftContext) -> OracleDraft:
+        assert self.machine is not None
+        request, seed = self.machine.requests[context.pid]
+        lone = Lone(SimImage.parse(request.model), salt_of(request.tenant))
+        return OracleDraft(self, lone, seed, request.sampling.temperature or 0.0)
+
+
+class OracleDraft:
+    def __init__(self, oracle: Oracle, lone: Lone, seed: int, temperature: float) -> None:
+        self._oracle, self._lone, self._seed, self._temperature = oracle, lone, seed, temperature
+
+    def guess(self, new: Sequence[int], limit: int) -> Sequence[int]:
+        self._oracle.asked.append(limit)
+        for token in new:
+            self._lone.feed(token)
+        lone, found = copy(self._lone), list[int]()
+        for _ in range(limit):
+            sample = llm_os.Sample(uniform=uniform(self._seed, lone.fed), temperature=self._temperature)
+            found.append(self._oracle.spoil(lone.fed, lone.next(sample)))
+            lone.feed(found[-1])
+        return found
+
+
+@pytest.fixture
+def speculating() -> Callable[..., Machine]:
+    """Makes a machine with an oracle: `speculating(page_tokens=4)`, `speculating(lambda position, token: 97)`. It is
+    right about everything unless it is spoilt; `machine.oracle.asked` has the limits that it was given."""
+
+    def make(spoil: Callable[[int, int], int] = lambda position, token: token, **config: Any) -> Machine:
+        oracle = Oracle(spoil)
+        machine = Machine(drafters=[oracle], **{"speculation": "always", "draft_tokens": 4, **config})
+        oracle.machine = machine
+        machine.oracle = oracle  # type: ignore[attr-defined]
+        return machine
+
+    return make
 
 
 @pytest.fixture

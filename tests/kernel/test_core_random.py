@@ -38,11 +38,24 @@ steps = st.lists(
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps, st.integers(14, 32), st.integers(1, 4), st.integers(2, 40), st.integers(1, 4))
+@given(steps, st.integers(14, 32), st.integers(1, 4), st.integers(2, 40), st.integers(1, 4), st.integers(0, 6))
 def test_any_life_of_many_processes_gives_each_the_tokens_of_a_lone_run(
-    machine: Any, steps: list[tuple[Any, ...]], frames: int, page_tokens: int, batch_tokens: int, batch_size: int
+    speculating: Any,
+    steps: list[tuple[Any, ...]],
+    frames: int,
+    page_tokens: int,
+    batch_tokens: int,
+    batch_size: int,
+    wrong: int,  # every so many guesses one is wrong; 0 is without guesses
 ) -> None:
-    m = machine(memory=frames * 65536, page_tokens=page_tokens, batch_tokens=batch_tokens, batch_size=batch_size)
+    m = speculating(
+        lambda position, token: 97 if position % wrong == 0 else token,
+        memory=frames * 65536,
+        page_tokens=page_tokens,
+        batch_tokens=batch_tokens,
+        batch_size=batch_size,
+        speculation="always" if wrong else "off",
+    )
     pids: list[int] = []
     killed: set[int] = set()
     ticket = 10_000
