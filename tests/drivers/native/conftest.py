@@ -1,0 +1,180 @@
+"""Operations of native code, each run by itself; stored weights with random contents; processors to run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llvmlite import binding
+
+from llm_os.drivers.formats.quants import KINDS
+from llm_os.drivers.formats.weights import WeightTensor
+from llm_os.drivers.native import kernels
+from llm_os.drivers.native.kernels import Kernels, Sizes
+from llm_os.drivers.native.matrix import ROWS
+from llm_os.drivers.native.packed import PackedMatrix
+from llm_os.drivers.native.processor import Processor, can_compile
+from llm_os.drivers.native.program import FIELDS
+from llm_os.drivers.native.threads import Team
+
+if not can_compile():
+    collect_ignore_glob = ["test_*.py"]
+
+PLAIN: dict[str, Any] = {
+    "head_dim": 64,
+    "group": 3,
+    "rope_dims": (64,),
+    "qk_norm": False,
+    "activation": "silu",
+    "kinds": ("Q4", "Q4F", "Q8"),
+}
+WAYS = {"this": None, "avxvnni": "alderlake", "pairs": "haswell"}  # of multiplying bytes; LLVM's processors that do so
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is compiled here is not kept for the user."""
+    folder: Path = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "home", lambda kind: folder)
+        yield
+
+
+def runs_here(name: str | None) -> bool:
+    """Whether this processor can run code for that one. False on a doubt."""
+    have = binding.get_host_cpu_features()
+    needs = {None: (), "alderlake": ("avxvnni", "gfni", "vaes"), "haswell": ("avx2", "bmi2")}[name]
+    return all(have.get(feature, False) for feature in needs)
+
+
+class Bench:
+    """The operations of one set of sizes, compiled for one processor."""
+
+    def __init__(self, processor: str | None, sizes: dict[str, Any]) -> None:
+        self.kernels = Kernels(Sizes(**sizes), Processor(processor))
+
+    def run(self, *operations: list[int], rows: int = 1, state: tuple[int, ...] = (), threads: int = 1) -> None:
+        """Perform `operations`, each [code or name, items, rows of an item, fields ...], for `rows` rows; `state` is
+        what follows the number of rows."""
+        program = np.zeros((len(operations), FIELDS), np.int64)
+        for record, (name, *fields) in zip(program, operations, strict=True):
+            record[: len(fields) + 1] = [self.kernels.codes[name], *fields]
+        counters = np.zeros((len(operations), 16), np.int64)
+        now = np.zeros(8, np.int64)
+        now[: len(state) + 1] = (rows, *state)
+        addresses = (program.ctypes.data, len(program), counters.ctypes.data, now.ctypes.data)
+        _team(threads).run(self.kernels.run, *addresses)
+
+    def rounded(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of float32 as integers [rows, groups, 32] and their terms [rows, groups, 3]."""
+        x = np.ascontiguousarray(x, np.float32)
+        codes, terms = empty_integers(*x.shape)
+        self.run(["rounding", 1, 1, *map(address, (codes, terms, x)), 0, x.shape[1] // 32], rows=len(x))
+        return codes, terms
+
+    def product(
+        self,
+        matrix: PackedMatrix,
+        x: np.ndarray,
+        *,
+        threads: int = 1,
+        chunk: int = 2,
+        add: np.ndarray | None = None,
+        bias: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """[rows, the matrix's rows filled up to 16], in items of `chunk` blocks."""
+        codes, terms = self.rounded(x)
+        width = 16 * sum(blocks for _, _, blocks in matrix.parts)
+        out = np.full((len(x), width), np.nan, np.float32) if add is None else add.copy()
+        start = np.zeros(width, np.float32) if bias is None else bias
+        operations, done = [], 0
+        for kind, packed, blocks in matrix.parts:
+            places = address(packed), address(out) + 64 * done
+            shape = [matrix.groups, blocks, chunk, width, int(add is not None), address(start) + 64 * done, 64]
+            operations.append(
+                [f"product_{kind}", -(-blocks // chunk), ROWS, address(codes), address(terms), *places, *shape]
+            )
+            done += blocks
+        self.run(*operations, rows=len(x), threads=threads)
+        return out
+
+
+def address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+def empty_integers(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((rows, columns // 32, 32), np.int8), np.zeros((rows, columns // 32, 3), np.float32)
+
+
+@cache
+def _team(threads: int) -> Team:
+    return Team(threads, "test")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def teams() -> Iterator[None]:
+    yield
+    for threads in (1, 2, 3, 4):
+        _team(threads).close()
+
+
+@pytest.fixture(scope="session")
+def bench() -> Callable[..., Bench]:
+    """bench("haswell", head_dim=80): `PLAIN` sizes but for those given. Compiled once."""
+    made: dict[Any, Bench] = {}
+
+    def build(processor: str | None = None, **sizes: Any) -> Bench:
+        if not runs_here(processor):
+            pytest.skip(f"this processor cannot run code for {processor}")
+        key = (processor, *sorted(sizes.items()))
+        if key not in made:
+            made[key] = Bench(processor, PLAIN | sizes)
+        return made[key]
+
+    return build
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str | None:
+    """The name of a processor that multiplies bytes in its own way."""
+    return WAYS[request.param]
+
+
+def stored_tensor(kind: str, rows: int, columns: int, seed: int = 0) -> WeightTensor:
+    """A tensor of any type a file may have: random bits, and scales that make weights of about 0.1."""
+    numbers = np.random.default_rng(seed)
+    if kind in ("F32", "F16", "BF16"):
+        values = (0.1 * numbers.standard_normal((rows, columns))).astype(np.float32)
+        words = {"F32": values, "F16": values.astype("<f2"), "BF16": (values.view("<u4") >> 16).astype("<u2")}[kind]
+        return WeightTensor(name="m", shape=(rows, columns), kind=kind, data=words.view(np.uint8))
+    traits = KINDS[kind]
+    blocks = numbers.integers(0, 256, (rows, columns // traits.block_values, traits.block_bytes), dtype=np.uint8)
+    step = {"Q8_0": 0.001, "Q5_0": 0.01, "Q4_K": 0.0004, "Q6_K": 0.0001}.get(kind, 0.02)
+    for at in {"Q6_K": (208,), "Q4_1": (0, 2), "Q4_K": (0, 2)}.get(kind, (0,)):
+        scales = step * (1 + numbers.random((*blocks.shape[:2], 1)))
+        blocks[..., at : at + 2] = scales.astype("<f2").view(np.uint8)
+    if kind == "Q4_1":
+        blocks[..., 2:4] = np.full((*blocks.shape[:2], 1), -7.5 * step, "<f2").view(np.uint8)
+    return WeightTensor(name="m", shape=(rows, columns), kind=kind, data=blocks.reshape(rows, -1))
+
+
+@pytest.fixture
+def stored() -> Callable[..., WeightTensor]:
+    """stored("Q4_K", rows, columns, seed=0)"""
+    return stored_tensor
+
+
+@pytest.fixture
+def packed() -> Callable[..., PackedMatrix]:
+    """packed(tensor, ...): their rows as one matrix."""
+
+    def build(*tensors: WeightTensor) -> PackedMatrix:
+        weights: Any = {str(i): tensor for i, tensor in enumerate(tensors)}
+        return PackedMatrix(weights, list(weights))
+
+    return build
