@@ -40,7 +40,7 @@ _CALM = 0.1  # of the processor, taken by others: more than this spoils figures
 
 def main() -> int:
     options = _options()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     began, busy = time.time(), _busy()
     store = llm_os.Store()
     store.pull(MODEL)
@@ -55,7 +55,7 @@ def main() -> int:
             contexts=(128,),
             prefills=(128, 512),
             mixed_s=4.0,
-            mixed_probes=1,
+            mixed_probes=2,
             positions=320,
         )
     peers = [peer for peer in PEERS if peer.name in options.peers]

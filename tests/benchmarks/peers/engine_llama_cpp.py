@@ -24,16 +24,19 @@ Rows = list[tuple[int, int, int, bool]]  # sequence, position, token, whether it
 
 class Engine:
     version = f"llama-cpp-python {llama.__version__}"
+    amx = True  # where the processor has it
 
     def __init__(self) -> None:
         self._quiet = llama.llama_log_callback(lambda *_: None)
         llama.llama_log_set(self._quiet, ctypes.c_void_p(0))
         llama.llama_backend_init()
         features = llama.llama_print_system_info().decode()
-        self.version += " with AVX512" if "AVX512 = 1" in features else " without AVX512"
+        self.version += "".join(f", {name}" for name in ("AVX512_VNNI", "AMX_INT8") if f"{name} = 1" in features)
 
     def load(self, model: str, threads: int, sequences: int, context: int) -> None:
-        self._model = llama.llama_model_load_from_file(model.encode(), llama.llama_model_default_params())
+        params = llama.llama_model_default_params()
+        params.use_extra_bufts = self.amx  # buffers of weights that are packed for AMX; those for AVX hold no Q4_1
+        self._model = llama.llama_model_load_from_file(model.encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp could not load {model}")
         self._vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))

@@ -24,10 +24,13 @@ class Engine:
         self._filled: set[tuple[int, ...]] = set()
 
     def load(self, model: str, threads: int, sequences: int, context: int) -> None:
-        off = () if self.speculation else tuple(f"-{name}" for name in drafting())
         self._model, self._threads = model, threads
-        self._kernel = llm_os.Kernel(llm_os.Config(driver="cpu", threads=threads, plugins=off))
+        self._kernel = llm_os.Kernel(self._config(threads))
         asyncio.run(self._kernel.load(model))
+
+    def _config(self, threads: int) -> llm_os.Config:
+        options = {} if self.speculation or not speculates() else {"speculation": "off"}
+        return llm_os.Config(driver="cpu", threads=threads, **options)
 
     def prefill(self, prompt: list[int]) -> float:
         began = time.perf_counter()
@@ -80,6 +83,7 @@ class Engine:
         return played
 
 
-def drafting() -> list[str]:
-    """Enabled plugins that draft tokens ahead: without them there is no speculation."""
-    return [each.name for each in llm_os.enabled_plugins() if any("draft" in hook for hook in each.hooks)]
+def speculates() -> bool:
+    """Whether guesses of what comes next are made here."""
+    known = "speculation" in llm_os.Config.__struct_fields__
+    return known and any("register_drafters" in each.hooks for each in llm_os.enabled_plugins())

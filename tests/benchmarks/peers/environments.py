@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -33,22 +33,26 @@ class Peer:
     options: tuple[str, ...] = ()  # pip's
     variables: dict[str, str] = field(default_factory=dict)  # for the build
     converts: bool = False  # it cannot read the GGUF: it gets a copy in its own format
+    beside: str = ""  # the peer whose environment it shares
 
 
 OURS = Peer("llm-os", "llm_os")
 SPECULATING = Peer("llm-os speculating", "llm_os_speculating")
+_LLAMA_CPP = Peer(
+    "llama.cpp",
+    "llama_cpp",
+    ("llama-cpp-python==0.3.36", "numpy"),
+    # a wheel that was built for any processor may lie in pip's cache: it lacks AVX512
+    ("--no-binary", "llama-cpp-python", "--no-cache-dir"),
+    {
+        "CMAKE_ARGS": f"-DGGML_NATIVE=ON -DCMAKE_CXX_FLAGS=-include{HERE / 'tile_config.h'}",
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
+    },
+)
+_AMX = "amx_int8" in Path("/proc/cpuinfo").read_text()
 PEERS = (
-    Peer(
-        "llama.cpp",
-        "llama_cpp",
-        ("llama-cpp-python==0.3.36", "numpy"),
-        # a wheel that somebody built for any processor lies in many a cache; it lacks AVX512
-        ("--no-binary", "llama-cpp-python", "--no-cache-dir"),
-        {
-            "CMAKE_ARGS": f"-DGGML_NATIVE=ON -DCMAKE_CXX_FLAGS=-include{HERE / 'tile_config.h'}",
-            "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
-        },
-    ),
+    _LLAMA_CPP,
+    *([replace(_LLAMA_CPP, name="llama.cpp-no-amx", engine="llama_cpp_no_amx", beside="llama.cpp")] if _AMX else []),
     Peer("openvino", "openvino", ("openvino-genai==2026.4.*", "numpy")),
     Peer("ctranslate2", "ctranslate2", ("ctranslate2==4.8.*", "gguf", "numpy"), converts=True),
 )
@@ -60,11 +64,15 @@ def cache() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "llm-os" / "benchmarks"
 
 
+def _folder(peer: Peer) -> Path:
+    return cache() / (peer.beside or peer.name)
+
+
 def python_of(peer: Peer) -> Path:
     """The interpreter of the peer's environment, which is made if it must be. Raises Unavailable."""
     if not peer.requirements:
         return Path(sys.executable)
-    folder = cache() / peer.name
+    folder = _folder(peer)
     recipe = json.dumps([sys.version_info[:2], peer.requirements, peer.options, peer.variables]).replace(str(HERE), "")
     stamp, python = folder / "ready", folder / "bin" / "python"
     if stamp.exists() and stamp.read_text() == recipe:
@@ -81,7 +89,7 @@ def python_of(peer: Peer) -> Path:
 
 
 def is_ready(peer: Peer) -> bool:
-    return not peer.requirements or (cache() / peer.name / "ready").exists()
+    return not peer.requirements or (_folder(peer) / "ready").exists()
 
 
 def model_for(peer: Peer, model: Path, sha256: str) -> Path:

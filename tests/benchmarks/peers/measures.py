@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from bench import Bench
-from engine_llm_os import drafting
+from engine_llm_os import speculates
 from environments import OURS, SPECULATING, Peer
 from worker import Failed
 
@@ -113,10 +113,9 @@ def decodes(bench: Bench) -> None:
 
 def repeated(bench: Bench) -> None:
     """Text that repeats itself, by this project with and without drafted tokens."""
-    names = drafting()
-    if not names:
+    if not speculates():
         for measure in REPEATED.values():
-            bench.results.miss(measure, SPECULATING.name, "no enabled plugin drafts tokens")
+            bench.results.miss(measure, SPECULATING.name, "no enabled plugin guesses what comes next")
         return
     for number in range(bench.plan.rounds):
         for text, measure in REPEATED.items():

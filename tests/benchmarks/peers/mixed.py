@@ -15,7 +15,7 @@ from environments import Peer
 
 MEASURE = "mixed load"
 _BURST = 24  # requests that come at once, to see what an engine can do
-_LOW, _HIGH = 0.35, 1.5  # times that, the ends of the search
+_LOW, _HIGH = 0.25, 1.4  # times that, the ends of the search
 _FOREVER_S = 1e6
 
 
