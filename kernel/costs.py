@@ -55,8 +55,9 @@ class Costs:
 class BatchTimes:
     """What the batches of one model take, by their rows, of those in which every row chooses a token.
 
-    More rows than were ever measured are guessed from the last two measurements, at least nearly free and at most in
-    proportion. What is older than FRESH batches is forgotten, so that one slow moment decides nothing for ever.
+    More rows than were measured lately are guessed: from what the last rows took that were added, at least nearly
+    nothing and at most in proportion. What is older than FRESH batches is measured again, so that one slow moment
+    decides nothing for ever.
     """
 
     FRESH = 128
@@ -78,22 +79,22 @@ class BatchTimes:
 
     def curve(self, rows: int, more: int) -> list[float] | None:
         """Seconds of a batch of so many rows, of one more, and so on. None while its own have not been measured."""
-        oldest = self._batches - self.FRESH
-        points = sorted(
-            (n, seconds) for n, (seconds, at) in self._measured.items() if n >= _rounded(rows) and at >= oldest
-        )
-        if not points or points[0][0] != _rounded(rows):
+        first, oldest = _rounded(rows), self._batches - self.FRESH
+        points = sorted((n, taken) for n, (taken, at) in self._measured.items() if n >= first and at >= oldest)
+        if not points or points[0][0] != first:
             return None
-        points[0] = rows, points[0][1]
+        base = points[0][1]
+        points[0] = rows, base
+        below = max((n for n in self._measured if n < first), default=0)
+        slope = (base - self._measured[below][0]) / (rows - below) if below else 0.05 * base
         times: list[float] = []
-        slope = 0.05 * points[0][1]
         for (left, low), (right, high) in pairwise(points):
             low = max([low, *times[-1:]])
             slope = max(0.0, high - low) / (right - left)
             times += [low + slope * n for n in range(right - left)]
-        last, seconds = points[-1][0], max([points[-1][1], *times[-1:]])
-        slope = min(max(slope, 0.02 * seconds / last), seconds / last)
-        times += [seconds + slope * n for n in range(rows + more + 1 - last)]
+        last, taken = points[-1][0], max([points[-1][1], *times[-1:]])
+        slope = min(max(slope, 0.02 * taken / last), taken / last)
+        times += [taken + slope * n for n in range(rows + more + 1 - last)]
         return times[: more + 1]
 
 

@@ -29,9 +29,11 @@ from llm_os.kernel.process import Process
 Planned = Sequence[tuple[Process, int]]  # a batch: processes, each with how many tokens
 
 _GAIN = 1.03  # that a batch with guesses must promise
+_KEPT = 0.88  # of what is known of a process's guesses, for each that is checked
 _REST, _LONGEST_REST = 8, 64  # steps
 _DEAF = 3  # rows in a row of which a driver left the guesses out
 _MODELS = 64  # whose times are kept
+_ROWS = 256  # of guesses in a batch
 _CERTAIN = 0.98  # no process is trusted more
 
 
@@ -55,16 +57,19 @@ class Guesser:
         return min(_CERTAIN, (self.right + 0.5) / (self.tried + 1))
 
     def checked(self, guesses: int, right: int) -> None:
-        self.right = 0.9 * self.right + right
-        self.tried = 0.9 * self.tried + min(right + 1, guesses)
+        tried = min(right + 1, guesses)
+        kept: float = _KEPT**tried
+        self.right, self.tried = kept * self.right + right, kept * self.tried + tried
         if right == guesses:
             self.pause = _REST
 
     def useless(self) -> None:
-        """Its guesses are not worth their time now. It is asked later; if it was bad, as if it were new."""
-        self.rest, self.pause = self.pause, min(_LONGEST_REST, 2 * self.pause)
+        """Its guesses are not worth their time now. It is asked later; if it was bad, ever later, as if it were new."""
         if self.chance < 0.5:
+            self.rest, self.pause = self.pause, min(_LONGEST_REST, 2 * self.pause)
             self.right = self.tried = 0.0
+        else:
+            self.rest = _REST
 
 
 class Drafting:
@@ -94,7 +99,7 @@ class Drafting:
             offers = self._offers(batch, room)
             counts = {process.pid: len(ids) for process, ids in offers.items()}
         else:
-            curve = self._curve(model, rows, min(room, self._most * len(batch))) if rows == len(batch) else None
+            curve = self._curve(model, rows, min(room, self._most * rows, _ROWS)) if rows == len(batch) else None
             if curve is None:
                 return {}
             offers = self._offers(batch, room)
