@@ -51,7 +51,7 @@ def runs_here(name: str | None) -> bool:
     return all(have.get(feature, False) for feature in needs)
 
 
-class Bench:
+class Workbench:
     """The operations of one set of sizes, compiled for one processor."""
 
     def __init__(self, processor: str | None, sizes: dict[str, Any]) -> None:
@@ -124,16 +124,16 @@ def teams() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def bench() -> Callable[..., Bench]:
-    """bench("haswell", head_dim=80): `PLAIN` sizes but for those given. Compiled once."""
-    made: dict[Any, Bench] = {}
+def workbench() -> Callable[..., Workbench]:
+    """workbench("haswell", head_dim=80): `PLAIN` sizes but for those given. Compiled once."""
+    made: dict[Any, Workbench] = {}
 
-    def build(processor: str | None = None, **sizes: Any) -> Bench:
+    def build(processor: str | None = None, **sizes: Any) -> Workbench:
         if not runs_here(processor):
             pytest.skip(f"this processor cannot run code for {processor}")
         key = (processor, *sorted(sizes.items()))
         if key not in made:
-            made[key] = Bench(processor, PLAIN | sizes)
+            made[key] = Workbench(processor, PLAIN | sizes)
         return made[key]
 
     return build

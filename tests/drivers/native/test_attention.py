@@ -41,7 +41,7 @@ class Sequences:
 
     def attend(
         self,
-        bench: Any,
+        workbench: Any,
         queries: list[np.ndarray],
         pieces: list[tuple[int, int, int]],
         window: int | None = None,
@@ -64,7 +64,7 @@ class Sequences:
         placed = np.array(tiles, np.int64)
         head_bytes = self.page_tokens * self.dim * 2
         keys = address(self.pages)
-        bench.run(
+        workbench.run(
             [
                 "attention", self.kv_heads, 0,
                 address(wide), wide[0].size, address(out), out[0].size,
@@ -116,11 +116,11 @@ SHAPES = [
 
 @pytest.mark.parametrize(("dim", "group"), SHAPES)
 @pytest.mark.parametrize("window", [None, 21])
-def test_attention_is_that_of_float64(bench, dim, group, window):
+def test_attention_is_that_of_float64(workbench, dim, group, window):
     sequences = Sequences([1, 15, 16, 50], 2, dim)
     queries = queries_for(sequences, group)
     pieces = [(0, 0, 1), (1, 0, 15), (2, 15, 1), (3, 0, 50), (3, 17, 33), (3, 49, 1)]
-    found = sequences.attend(bench(head_dim=dim, group=group), queries, pieces, window)
+    found = sequences.attend(workbench(head_dim=dim, group=group), queries, pieces, window)
     for (i, start, count), rows in zip(pieces, found, strict=True):
         expected = sequences.expected(queries[i][start : start + count], i, start, window)
         np.testing.assert_allclose(rows, expected, rtol=0, atol=2e-6)
@@ -128,37 +128,37 @@ def test_attention_is_that_of_float64(bench, dim, group, window):
 
 @pytest.mark.parametrize("window", [None, 1, 16, 700])
 @pytest.mark.parametrize("page_tokens", [16, 48, 128])
-def test_long_contexts_in_shuffled_pages(bench, way, window, page_tokens):
+def test_long_contexts_in_shuffled_pages(workbench, way, window, page_tokens):
     sequences = Sequences([3000, 40, 2047], 1, 64, page_tokens)
     queries = queries_for(sequences, 3)
     pieces = [(2, 2046, 1), (0, 2950, 50), (1, 0, 40), (0, 1023, 2)]
-    found = sequences.attend(bench(way), queries, pieces, window)
+    found = sequences.attend(workbench(way), queries, pieces, window)
     for (i, start, count), rows in zip(pieces, found, strict=True):
         expected = sequences.expected(queries[i][start : start + count], i, start, window)
         np.testing.assert_allclose(rows, expected, rtol=0, atol=2e-6)
 
 
-def test_large_scores_are_a_choice_and_not_an_overflow(bench):
+def test_large_scores_are_a_choice_and_not_an_overflow(workbench):
     sequences = Sequences([400], 2, 64)
     queries = [3e3 * queries_for(sequences, 3)[0]]
-    (found,) = sequences.attend(bench(), queries, [(0, 0, 400)])
+    (found,) = sequences.attend(workbench(), queries, [(0, 0, 400)])
     expected = sequences.expected(queries[0], 0, 0, None)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize(("dim", "group"), [(64, 3), (80, 7), (128, 4), (256, 3)])
 @pytest.mark.parametrize("window", [None, 21, 64])
-def test_nothing_but_a_querys_own_past_changes_a_bit(bench, dim, group, window):
+def test_nothing_but_a_querys_own_past_changes_a_bit(workbench, dim, group, window):
     """Not how its prompt was cut, who shares the batch, how many threads there are, or where pages lie."""
     lengths = [200, 37, 131, 16]
-    bench = bench(head_dim=dim, group=group)
+    workbench = workbench(head_dim=dim, group=group)
     chance = random.Random(dim)
     reference = None
     for page_tokens in (16, 32, 80):
         sequences = Sequences(lengths, 2, dim, page_tokens, seed=1)
         queries = queries_for(sequences, group)
         if reference is None:
-            reference = sequences.attend(bench, queries, [(i, 0, n) for i, n in enumerate(lengths)], window)
+            reference = sequences.attend(workbench, queries, [(i, 0, n) for i, n in enumerate(lengths)], window)
         for _ in range(4):
             pieces = []
             for i, length in enumerate(lengths):
@@ -170,29 +170,29 @@ def test_nothing_but_a_querys_own_past_changes_a_bit(bench, dim, group, window):
             chance.shuffle(pieces)
             while pieces:
                 batch = [pieces.pop() for _ in range(min(len(pieces), chance.randint(1, 12)))]
-                found = sequences.attend(bench, queries, batch, window, chance.choice([1, 2, 3]))
+                found = sequences.attend(workbench, queries, batch, window, chance.choice([1, 2, 3]))
                 for (i, start, count), rows in zip(batch, found, strict=True):
                     assert np.array_equal(rows, reference[i][start : start + count])
 
 
-def test_every_processor_gives_the_same_bits(bench, way):
+def test_every_processor_gives_the_same_bits(workbench, way):
     sequences = Sequences([200, 37], 2, 64)
     queries = queries_for(sequences, 3)
     pieces = [(0, 0, 200), (1, 0, 37), (0, 150, 1)]
     for mine, others in zip(
-        sequences.attend(bench(way), queries, pieces), sequences.attend(bench(), queries, pieces), strict=True
+        sequences.attend(workbench(way), queries, pieces), sequences.attend(workbench(), queries, pieces), strict=True
     ):
         assert np.array_equal(mine, others)
 
 
-def test_keys_that_are_not_numbers_are_seen_by_those_who_come_after_and_nobody_else(bench):
+def test_keys_that_are_not_numbers_are_seen_by_those_who_come_after_and_nobody_else(workbench):
     sequences = Sequences([60, 60], 2, 64)
     queries = queries_for(sequences, 3)
     pieces = [(0, 0, 60), (1, 0, 60)]
-    expected = sequences.attend(bench(), queries, pieces)
+    expected = sequences.attend(workbench(), queries, pieces)
     page = sequences.pages[sequences.tables[0][2], 0, 1].reshape(64, 16)
     page[:, 5] = np.nan  # position 37 of the second key head
-    sick, healthy = sequences.attend(bench(), queries, pieces)
+    sick, healthy = sequences.attend(workbench(), queries, pieces)
     assert np.array_equal(healthy, expected[1])
     assert np.isnan(sick[37:, 3:]).all()
     assert np.array_equal(sick[:, :3], expected[0][:, :3])

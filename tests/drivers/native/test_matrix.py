@@ -77,12 +77,14 @@ def test_packed_weights_are_those_of_the_file(stored, packed, kind, rows):
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(("rows", "batch"), [(16, 1), (37, 5), (100, 70)])
-def test_a_product_is_that_of_the_packed_weights_and_the_rounded_rows(bench, stored, packed, way, kind, rows, batch):
-    bench, tensor = bench(way), stored(kind, rows, COLUMNS)
+def test_a_product_is_that_of_the_packed_weights_and_the_rounded_rows(
+    workbench, stored, packed, way, kind, rows, batch
+):
+    workbench, tensor = workbench(way), stored(kind, rows, COLUMNS)
     matrix, x = packed(tensor), activations(batch)
-    out = bench.product(matrix, x)
+    out = workbench.product(matrix, x)
     codes, d, m = unpacked(matrix)
-    weights, rounded = values_of(codes, d, m), rows_of(*bench.rounded(x))
+    weights, rounded = values_of(codes, d, m), rows_of(*workbench.rounded(x))
     sizes = values_of(codes, np.abs(d), np.abs(m))  # of all that is added up, before it cancels out
     limit = 3e-7 * np.abs(rounded) @ sizes.T
     assert (np.abs(out - rounded @ weights.T) <= limit).all()
@@ -91,21 +93,21 @@ def test_a_product_is_that_of_the_packed_weights_and_the_rounded_rows(bench, sto
     assert error < 0.02  # of 8 bits for each row, and perhaps for each weight
 
 
-def test_a_matrix_of_several_types_is_one(bench, stored, packed):
+def test_a_matrix_of_several_types_is_one(workbench, stored, packed):
     tensors = [stored("Q4_1", 48, COLUMNS), stored("Q6_K", 16, COLUMNS), stored("Q4_K", 32, COLUMNS)]
     x = activations(9)
-    apart = np.concatenate([bench().product(packed(tensor), x) for tensor in tensors], axis=1)
-    assert same_bits(bench().product(packed(*tensors), x), apart)
+    apart = np.concatenate([workbench().product(packed(tensor), x) for tensor in tensors], axis=1)
+    assert same_bits(workbench().product(packed(*tensors), x), apart)
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q4_K", "Q8_0"])
-def test_a_bias_and_what_was_there_are_added(bench, stored, packed, kind):
+def test_a_bias_and_what_was_there_are_added(workbench, stored, packed, kind):
     matrix, x = packed(stored(kind, 48, COLUMNS)), activations(11)
     there, bias = activations(11, 48, 2), activations(1, 48, 3)[0]
-    plain = bench().product(matrix, x)
-    assert same_bits(bench().product(matrix, x, add=there), plain + there)
-    np.testing.assert_allclose(bench().product(matrix, x, bias=bias), plain + bias, rtol=0, atol=1e-4)
-    assert same_bits(bench().product(matrix, x, bias=np.zeros(48, np.float32)), plain)
+    plain = workbench().product(matrix, x)
+    assert same_bits(workbench().product(matrix, x, add=there), plain + there)
+    np.testing.assert_allclose(workbench().product(matrix, x, bias=bias), plain + bias, rtol=0, atol=1e-4)
+    assert same_bits(workbench().product(matrix, x, bias=np.zeros(48, np.float32)), plain)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +128,9 @@ def test_a_bias_and_what_was_there_are_added(bench, stored, packed, kind):
     ],
     ids=lambda row: f"{row[0]:.3g}..{row[-1]:.3g}",
 )
-def test_a_rounded_row_is_within_half_a_step(bench, way, row):
+def test_a_rounded_row_is_within_half_a_step(workbench, way, row):
     x = row.astype(np.float32)[None]
-    codes, terms = bench(way).rounded(x)
+    codes, terms = workbench(way).rounded(x)
     groups = x.reshape(-1, 32).astype(np.float64)
     step = (groups.max(1) - groups.min(1)) / 255
     unit = np.spacing(np.abs(groups).max(1).astype(np.float32)).astype(np.float64)
@@ -154,7 +156,7 @@ def whole_numbers(kind: str, rows: int, columns: int, code: int) -> WeightTensor
 @pytest.mark.parametrize(
     ("kind", "code"), [("Q8_0", 0), ("Q8_0", 1), ("Q8_0", 128), ("Q8_0", 255), ("Q4_1", 0), ("Q4_1", 15)]
 )
-def test_extreme_integers_are_multiplied_exactly(bench, packed, way, kind, code):
+def test_extreme_integers_are_multiplied_exactly(workbench, packed, way, kind, code):
     """Rows whose every group goes from -128 to 127 in steps of 1: all products are whole numbers."""
     patterns = [
         np.r_[-128, np.full(31, 127)],
@@ -164,10 +166,10 @@ def test_extreme_integers_are_multiplied_exactly(bench, packed, way, kind, code)
         np.r_[-128, 127, np.zeros(30)],
     ]
     x = np.array([np.tile(pattern, 3) for pattern in patterns], np.float32)
-    codes, terms = bench(way).rounded(x)
+    codes, terms = workbench(way).rounded(x)
     assert np.array_equal(codes.reshape(x.shape), x)
     assert (terms[..., 0] == 1).all() and (terms[..., 2] == 0).all()
-    out = bench(way).product(packed(whole_numbers(kind, 16, 96, code)), x)
+    out = workbench(way).product(packed(whole_numbers(kind, 16, 96, code)), x)
     weight = code - 128 if kind == "Q8_0" else code
     assert np.array_equal(out, np.repeat(weight * x.sum(1, keepdims=True), 16, axis=1))
 
@@ -192,41 +194,41 @@ def small(request: Any, stored, packed) -> PackedMatrix:
     return packed(stored(request.param, 53, 256 if request.param == "Q4_K" else SMALL))
 
 
-def test_a_row_is_the_same_bits_alone_and_in_any_company(bench, small):
+def test_a_row_is_the_same_bits_alone_and_in_any_company(workbench, small):
     company = np.tile(COMPANY, 3)[:, : small.columns]
-    alone = np.concatenate([bench().product(small, row[None]) for row in company])
+    alone = np.concatenate([workbench().product(small, row[None]) for row in company])
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(st.lists(st.integers(0, len(company) - 1), min_size=1, max_size=70), st.sampled_from([1, 2, 3]), st.data())
     def check(chosen, threads, data):
-        out = bench().product(small, company[chosen], threads=threads, chunk=data.draw(st.integers(1, 5)))
+        out = workbench().product(small, company[chosen], threads=threads, chunk=data.draw(st.integers(1, 5)))
         assert same_bits(out, alone[chosen])
 
     check()
 
 
-def test_every_processor_gives_the_same_bits(bench, small, way):
+def test_every_processor_gives_the_same_bits(workbench, small, way):
     company = np.tile(COMPANY, 3)[:, : small.columns]
     for rows in (company, company[:1], np.tile(company, (5, 1))):
-        assert same_bits(bench(way).product(small, rows), bench().product(small, rows))
-        for mine, others in zip(bench(way).rounded(rows[:12]), bench().rounded(rows[:12]), strict=True):
+        assert same_bits(workbench(way).product(small, rows), workbench().product(small, rows))
+        for mine, others in zip(workbench(way).rounded(rows[:12]), workbench().rounded(rows[:12]), strict=True):
             assert np.array_equal(mine.view(np.uint8), others.view(np.uint8))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_a_number_makes_all_of_its_row_so_and_no_other(bench, small, bad, way):
+def test_what_is_not_a_number_makes_all_of_its_row_so_and_no_other(workbench, small, bad, way):
     x = activations(20, small.columns, 9)
-    expected = bench(way).product(small, x)
+    expected = workbench(way).product(small, x)
     for place in (0, 33, small.columns - 1):
         sick = x.copy()
         sick[13, place] = bad
-        out = bench(way).product(small, sick)
+        out = workbench(way).product(small, sick)
         assert np.isnan(out[13]).all()
         assert same_bits(np.delete(out, 13, 0), np.delete(expected, 13, 0))
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_1", "Q4_0", "Q4_K"])
-def test_a_weight_that_is_not_a_number_is_not_hidden(bench, stored, packed, kind):
+def test_a_weight_that_is_not_a_number_is_not_hidden(workbench, stored, packed, kind):
     tensor = stored(kind, 32, COLUMNS)
     data = tensor.data.copy()
     if kind == "F32":
@@ -237,6 +239,6 @@ def test_a_weight_that_is_not_a_number_is_not_hidden(bench, stored, packed, kind
         data[5, :2] = np.array([np.nan], "<f2").view(np.uint8)
     sick = WeightTensor(name="m", shape=tensor.shape, kind=kind, data=data)
     x = activations(3)
-    out, expected = bench().product(packed(sick), x), bench().product(packed(tensor), x)
+    out, expected = workbench().product(packed(sick), x), workbench().product(packed(tensor), x)
     assert np.isnan(out[:, 5]).all()
     assert same_bits(np.delete(out, 5, 1), np.delete(expected, 5, 1))

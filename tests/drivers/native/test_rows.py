@@ -105,50 +105,50 @@ def rounded_to(codes: np.ndarray, terms: np.ndarray, expected: np.ndarray) -> No
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1, 1e4])
-def test_a_norm_is_that_of_float64_in_integers(bench, way, scale):
-    bench = bench(way)
+def test_a_norm_is_that_of_float64_in_integers(workbench, way, scale):
+    workbench = workbench(way)
     x, weight = scale * normal(7, WIDTH), 1 + normal(WIDTH, seed=1)
     x[3, 40] = 300 * scale
     codes, terms = np.zeros((7, WIDTH // 32, 32), np.int8), np.zeros((7, WIDTH // 32, 3), np.float32)
-    bench.run(["norm", 1, 1, *map(address, (codes, terms, x, weight)), WIDTH // 32, bits(EPS)], rows=7)
+    workbench.run(["norm", 1, 1, *map(address, (codes, terms, x, weight)), WIDTH // 32, bits(EPS)], rows=7)
     x64 = x.astype(np.float64)
     rounded_to(codes, terms, x64 / np.sqrt((x64**2).mean(1, keepdims=True) + EPS) * weight)
 
 
-def test_a_norm_is_added_to_other_rows(bench, way):
+def test_a_norm_is_added_to_other_rows(workbench, way):
     x, target, weight = normal(5, WIDTH), normal(5, WIDTH, seed=2), 1 + normal(WIDTH, seed=1)
     x64 = x.astype(np.float64)
     expected = target + x64 / np.sqrt((x64**2).mean(1, keepdims=True) + EPS) * weight
-    bench(way).run(
+    workbench(way).run(
         ["norm_added", 1, 1, address(target), 0, address(x), address(weight), WIDTH // 32, bits(EPS)], rows=5
     )
     np.testing.assert_allclose(target, expected, rtol=1e-6, atol=2e-6)
 
 
-def test_a_row_of_zeros_stays_so_in_a_norm(bench):
+def test_a_row_of_zeros_stays_so_in_a_norm(workbench):
     x, weight = np.zeros((1, 64), np.float32), normal(64)
     codes, terms = np.ones((1, 2, 32), np.int8), np.ones((1, 2, 3), np.float32)
-    bench().run(["norm", 1, 1, *map(address, (codes, terms, x, weight)), 2, bits(EPS)])
+    workbench().run(["norm", 1, 1, *map(address, (codes, terms, x, weight)), 2, bits(EPS)])
     assert not terms.any()
 
 
 @pytest.mark.parametrize("activation", REFERENCES)
-def test_a_gate_is_that_of_float64_in_integers(bench, activation):
+def test_a_gate_is_that_of_float64_in_integers(workbench, activation):
     x = 2 * normal(6, 2 * WIDTH)
     codes, terms = np.zeros((6, WIDTH // 32, 32), np.int8), np.zeros((6, WIDTH // 32, 3), np.float32)
-    bench(activation=activation).run(["gate", 1, 1, *map(address, (codes, terms, x)), 0, WIDTH // 32], rows=6)
+    workbench(activation=activation).run(["gate", 1, 1, *map(address, (codes, terms, x)), 0, WIDTH // 32], rows=6)
     gate, up = x.astype(np.float64)[:, :WIDTH], x.astype(np.float64)[:, WIDTH:]
     rounded_to(codes, terms, REFERENCES[activation](gate) * up)
 
 
 @pytest.mark.parametrize("operation", ["norm", "gate", "rounding"])
-def test_what_is_not_a_number_stays_in_its_row(bench, operation):
+def test_what_is_not_a_number_stays_in_its_row(workbench, operation):
     x = normal(4, 128)
     x[2, 5] = np.nan
     groups = 2 if operation == "gate" else 4
     codes, terms = np.zeros((4, groups, 32), np.int8), np.zeros((4, groups, 3), np.float32)
     weight = np.ones(128, np.float32)
-    bench().run([operation, 1, 1, *map(address, (codes, terms, x, weight)), groups, bits(EPS)], rows=4)
+    workbench().run([operation, 1, 1, *map(address, (codes, terms, x, weight)), groups, bits(EPS)], rows=4)
     assert np.isnan(terms[2]).all()
     assert np.isfinite(np.delete(terms, 2, 0)).all()
 
@@ -156,7 +156,7 @@ def test_what_is_not_a_number_stays_in_its_row(bench, operation):
 class Rotated:
     """Rows [queries | keys | values] that a rotation has gone over, and the pages it wrote."""
 
-    def __init__(self, bench, x: np.ndarray, angles: np.ndarray, heads: int, kv_heads: int, dim: int, norms=None):
+    def __init__(self, workbench, x: np.ndarray, angles: np.ndarray, heads: int, kv_heads: int, dim: int, norms=None):
         self.rows, self.heads, self.kv_heads, self.dim = x.copy(), heads, kv_heads, dim
         self.page_tokens = 32
         self.pages = np.full((len(x), 2, kv_heads, 32 * dim), np.nan, np.float16)
@@ -170,7 +170,7 @@ class Rotated:
         places = [address(self.rows), heads, kv_heads, width, address(angles), bits(0.25)]
         caches = [address(self.pages), values, head_bytes, address(norm), bits(EPS)]
         state = (0, address(begins), address(self.token))
-        bench.run([f"rotation_{rope_dim}", 1, 1, *places, *caches], rows=len(x), state=state)
+        workbench.run([f"rotation_{rope_dim}", 1, 1, *places, *caches], rows=len(x), state=state)
 
     def queries(self) -> np.ndarray:
         return self.rows[:, : self.heads * self.dim].reshape(len(self.rows), self.heads, self.dim)
@@ -185,13 +185,13 @@ class Rotated:
 
 @pytest.mark.parametrize(("dim", "rope_dim"), [(64, 64), (96, 32), (96, 96), (80, 64), (128, 128), (256, 64)])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_rotation_is_that_of_float64_and_fills_the_pages(bench, dim, rope_dim, qk_norm):
+def test_rotation_is_that_of_float64_and_fills_the_pages(workbench, dim, rope_dim, qk_norm):
     heads, kv_heads, rows = 6, 2, 9
     x = normal(rows, (heads + 2 * kv_heads) * dim)
     turn = np.random.default_rng(3).uniform(-10, 10, (rows, rope_dim // 2))
     angles = np.concatenate([np.cos(turn), np.sin(turn)], axis=1).astype(np.float32)
     norms = 1 + normal(2 * dim, seed=4)
-    compiled = bench(head_dim=dim, rope_dims=(rope_dim,), qk_norm=qk_norm)
+    compiled = workbench(head_dim=dim, rope_dims=(rope_dim,), qk_norm=qk_norm)
     found = Rotated(compiled, x, angles, heads, kv_heads, dim, norms)
 
     split = x.astype(np.float64).reshape(rows, -1, dim)
@@ -210,21 +210,21 @@ def test_rotation_is_that_of_float64_and_fills_the_pages(bench, dim, rope_dim, q
     assert written == rows * 2 * kv_heads * dim  # nobody else's tokens
 
 
-def test_keys_and_values_past_the_range_of_float16_stay_finite(bench):
+def test_keys_and_values_past_the_range_of_float16_stay_finite(workbench):
     x = 1e6 * normal(3, 5 * 64)
     angles = np.tile(np.repeat([1, 0], 32).astype(np.float32), (3, 1))
-    found = Rotated(bench(), x, angles, 3, 1, 64)
+    found = Rotated(workbench(), x, angles, 3, 1, 64)
     expected = np.clip(x.reshape(3, 5, 64)[:, 3:], -65504, 65504).astype(np.float16)
     assert np.array_equal(found.keys()[:, 0], expected[:, 0])
     assert np.array_equal(found.values()[:, 0], expected[:, 1])
 
 
-def test_a_row_is_rotated_as_if_it_were_alone(bench, way):
+def test_a_row_is_rotated_as_if_it_were_alone(workbench, way):
     x, turn = normal(17, 5 * 64), np.random.default_rng(3).uniform(-10, 10, (17, 32))
     angles = np.concatenate([np.cos(turn), np.sin(turn)], axis=1).astype(np.float32)
-    together = Rotated(bench(way), x, angles, 3, 1, 64)
+    together = Rotated(workbench(way), x, angles, 3, 1, 64)
     for i in range(17):
-        alone = Rotated(bench(), x[i : i + 1], angles[i : i + 1].copy(), 3, 1, 64)
+        alone = Rotated(workbench(), x[i : i + 1], angles[i : i + 1].copy(), 3, 1, 64)
         assert np.array_equal(alone.rows[0], together.rows[i])
         assert np.array_equal(alone.keys()[0], together.keys()[i])
         assert np.array_equal(alone.values()[0], together.values()[i])
