@@ -55,15 +55,15 @@ class Costs:
 class BatchTimes:
     """What the batches of one model take, by their rows, of those in which every row chooses a token.
 
-    More rows than were measured lately are guessed: from what the last rows took that were added, at least nearly
-    nothing and at most in proportion. What is older than FRESH batches is measured again, so that one slow moment
-    decides nothing for ever.
+    More rows than were measured lately are guessed: from what added rows took so far, at least nearly nothing and at
+    most in proportion. What disturbs a measurement makes it longer: one that was made once or twice is believed in
+    part, and what is older than FRESH batches is measured again, so that one slow moment decides nothing for ever.
     """
 
     FRESH = 128
 
     def __init__(self) -> None:
-        self._measured: dict[int, tuple[float, int]] = {}  # by rows: seconds, and when that was, in batches
+        self._measured: dict[int, tuple[float, int, int]] = {}  # by rows: seconds, how often, when last, in batches
         self._batches = 0
 
     def measured(self, rows: int, seconds: float) -> None:
@@ -71,28 +71,32 @@ class BatchTimes:
             return
         self._batches += 1
         rows = _rounded(rows)
-        before, at = self._measured.get(rows, (seconds, 0))
+        before, count, at = self._measured.get(rows, (seconds, 0, 0))
         if self._batches - at > self.FRESH:
-            before = seconds
-        share = 0.5 if seconds < before else 0.125  # what disturbs a measurement makes it longer
-        self._measured[rows] = before + share * (min(seconds, 2 * before) - before), self._batches
+            before, count = seconds, 0
+        share = 0.5 if seconds < before else 0.125
+        self._measured[rows] = before + share * (min(seconds, 2 * before) - before), count + 1, self._batches
 
     def curve(self, rows: int, more: int) -> list[float] | None:
         """Seconds of a batch of so many rows, of one more, and so on. None while its own have not been measured."""
         first, oldest = _rounded(rows), self._batches - self.FRESH
-        points = sorted((n, taken) for n, (taken, at) in self._measured.items() if n >= first and at >= oldest)
-        if not points or points[0][0] != first:
+        known = sorted(
+            (n, taken, count) for n, (taken, count, at) in self._measured.items() if n >= first and at >= oldest
+        )
+        if not known or known[0][0] != first:
             return None
-        base = points[0][1]
-        points[0] = rows, base
+        base = known[0][1]
+        points = [(rows, base), *((n, taken - 0.3 * taken / count) for n, taken, count in known[1:])]
         below = max((n for n in self._measured if n < first), default=0)
         slope = (base - self._measured[below][0]) / (rows - below) if below else 0.05 * base
         times: list[float] = []
         for (left, low), (right, high) in pairwise(points):
             low = max([low, *times[-1:]])
-            slope = max(0.0, high - low) / (right - left)
-            times += [low + slope * n for n in range(right - left)]
+            rise = max(0.0, high - low) / (right - left)
+            times += [low + rise * n for n in range(right - left)]
         last, taken = points[-1][0], max([points[-1][1], *times[-1:]])
+        if last > rows:
+            slope = (taken - base) / (last - rows)
         slope = min(max(slope, 0.02 * taken / last), taken / last)
         times += [taken + slope * n for n in range(rows + more + 1 - last)]
         return times[: more + 1]

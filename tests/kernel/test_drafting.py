@@ -13,10 +13,14 @@ from llm_os.kernel.drafting import Guesser
 
 def times(**rows: float) -> BatchTimes:
     found = BatchTimes()
-    for _ in range(3):
+    for _ in range(30):  # few would be believed in part
         for name, seconds in rows.items():
             found.measured(int(name[1:]), seconds)
     return found
+
+
+def about(seconds: list[float]) -> Any:
+    return pytest.approx(seconds, rel=0.03)
 
 
 def run(m: Any, seconds: Any, steps: int) -> None:
@@ -51,20 +55,27 @@ def test_nothing_is_known_of_a_batch_that_never_ran() -> None:
 
 
 def test_between_measurements_is_a_line_and_beyond_them_it_goes_on() -> None:
-    assert times(r1=1.0, r3=2.0).curve(1, 4) == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0])
+    assert times(r1=1.0, r3=2.0).curve(1, 4) == about([1.0, 1.5, 2.0, 2.5, 3.0])
 
 
 def test_more_rows_never_take_less() -> None:
-    assert times(r1=1.0, r4=0.5, r6=2.0).curve(1, 5) == pytest.approx([1.0, 1.0, 1.0, 1.0, 1.5, 2.0])
+    assert times(r1=1.0, r4=0.5, r6=2.0).curve(1, 5) == about([1.0, 1.0, 1.0, 1.0, 1.5, 2.0])
 
 
 def test_more_rows_take_no_more_than_in_proportion() -> None:
-    assert times(r1=1.0, r2=9.0).curve(1, 3) == pytest.approx([1.0, 9.0, 13.5, 18.0])
+    assert times(r1=1.0, r2=9.0).curve(1, 3) == about([1.0, 9.0, 13.5, 18.0])
 
 
 def test_what_fewer_rows_took_tells_what_more_will() -> None:
     curve = times(r8=1.0, r10=1.2).curve(10, 2)
-    assert curve == pytest.approx([1.2, 1.3, 1.4])
+    assert curve == about([1.2, 1.3, 1.4])
+
+
+def test_a_first_measurement_is_believed_in_part() -> None:
+    found = times(r1=1.0)
+    found.measured(2, 2.0)
+    curve = found.curve(1, 1)
+    assert curve is not None and curve[1] == pytest.approx(1.4)
 
 
 def test_one_slow_batch_is_forgotten() -> None:
@@ -134,7 +145,7 @@ def test_wrong_guesses_are_asked_for_ever_more_rarely(speculating: Any) -> None:
     run(m, lambda rows: 1 + 0.1 * rows, 400)
     checked = guesses(m)
     assert sum(checked) > 0 and sum(map(bool, checked[:100])) >= 4
-    assert sum(checked[-200:]) <= 20, "a few in 64 steps"
+    assert sum(checked[-200:]) <= 40, "one row in five steps"
 
 
 def test_a_process_whose_guesses_become_right_is_found_again(speculating: Any) -> None:
