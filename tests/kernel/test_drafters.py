@@ -20,7 +20,7 @@ import llm_os
 
 @llm_os.hookimpl
 def register_drafters(register):
-    register("mine", test)
+    register("guessing", test)
 
 test = None
 """
@@ -48,9 +48,13 @@ def boot(install: Callable[..., None]) -> Iterator[Callable[..., llm_os.Kernel]]
     kernels: list[llm_os.Kernel] = []
 
     def boot(drafter: object, **config: Any) -> llm_os.Kernel:
-        install("mine", PLUGIN, "register_drafters")
-        importlib.import_module("mine").test = drafter  # type: ignore[attr-defined]
-        fields: dict[str, Any] = {"plugins": ("mine", "-prompt_lookup"), "hook_limit_s": 0.1, "speculation": "always"}
+        install("guessing", PLUGIN, "register_drafters")
+        importlib.import_module("guessing").test = drafter  # type: ignore[attr-defined]
+        fields: dict[str, Any] = {
+            "plugins": ("guessing", "-prompt_lookup"),
+            "hook_limit_s": 0.1,
+            "speculation": "always",
+        }
         kernels.append(llm_os.Kernel(llm_os.Config(driver="sim", memory="64MiB", **{**fields, **config})))
         return kernels[-1]
 
@@ -94,7 +98,7 @@ def test_a_drafter_that_fails_is_off_after_three_processes_and_changes_no_answer
     for _ in range(5):
         assert ask(kernel).token_ids == expected
     assert drafter.calls == 3, "once for each process, and no more after three failures"
-    assert told in caplog.text and "plugin 'mine' is off" in caplog.text
+    assert told in caplog.text and "plugin 'guessing' is off" in caplog.text
 
 
 @pytest.mark.parametrize("given", [7, "draft", object()])
@@ -145,13 +149,15 @@ def test_a_drafter_sees_each_token_once_and_whose_it_is(boot: Any) -> None:
 
 def test_the_drafter_of_a_stranger_is_asked_before_ours(boot: Any) -> None:
     first = Fixed(lambda new, limit: [97])
-    kernel = boot(first, plugins=("mine",))
+    kernel = boot(first, plugins=("guessing",))
     assert [type(each._drafter).__name__ for each in kernel._loop.plugins.drafters] == ["Fixed", "PromptLookup"]
     assert ask(kernel, "ababab").usage.drafted_tokens == 18, "one for each step but the last, and none from ours"
 
 
 def test_something_else_than_a_drafter_stops_the_boot_with_the_plugins_name(boot: Any) -> None:
-    with pytest.raises(llm_os.ConfigError, match=r"plugin 'mine': register_drafters raised TypeError: .*has no open"):
+    with pytest.raises(
+        llm_os.ConfigError, match=r"plugin 'guessing': register_drafters raised TypeError: .*has no open"
+    ):
         boot(object())
 
 
@@ -162,7 +168,7 @@ def test_a_drafter_that_is_slow_on_the_average_is_asked_no_more(caplog: pytest.L
             pass
         return []
 
-    guard, health = Guard(60.0), Health("mine")
+    guard, health = Guard(60.0), Health("guessing")
     drafter = Fixed(slow)
     guarded = GuardedDrafter(drafter, health, guard)
     context = llm_os.DraftContext(pid=1, tenant="", model="m", image=llm_os.open_image("sim:a"))
@@ -178,12 +184,12 @@ def test_a_drafter_that_is_slow_on_the_average_is_asked_no_more(caplog: pytest.L
 
 def test_plugins_are_told_how_many_guesses_a_batch_had(install: Callable[..., None]) -> None:
     install(
-        "ears",
+        "guess_ears",
         "import llm_os\nsteps = []\n@llm_os.hookimpl\ndef step_finished(step): steps.append(step)\n",
         "step_finished",
     )
-    steps = importlib.import_module("ears").steps
-    config = llm_os.Config(driver="sim", memory="64MiB", plugins=("ears",), speculation="always")
+    steps = importlib.import_module("guess_ears").steps
+    config = llm_os.Config(driver="sim", memory="64MiB", plugins=("guess_ears",), speculation="always")
     with llm_os.Kernel(config) as kernel:
         usage = ask(kernel, "abcabcabc").usage
     assert sum(step.drafted for step in steps) == usage.drafted_tokens > 0
@@ -237,9 +243,9 @@ def test_a_guess_that_a_grammar_forbids_is_never_followed(boot: Any, install: An
         rest = list(word[len(answer) :][:6])
         return rest if right else [*rest[:2], 122, *rest[3:]]
 
-    install("spell", SPELL, "compile_grammar")
-    spell = importlib.import_module("spell").test = Spell()  # type: ignore[attr-defined]
-    kernel = boot(Fixed(guess), plugins=("mine", "spell", "-prompt_lookup"))
+    install("guessed_spell", SPELL, "compile_grammar")
+    spell = importlib.import_module("guessed_spell").test = Spell()  # type: ignore[attr-defined]
+    kernel = boot(Fixed(guess), plugins=("guessing", "guessed_spell", "-prompt_lookup"))
     completion = ask(kernel, grammar=llm_os.Grammar(kind="lark", source="any"), count=60)
     assert completion.text in (WORD.decode(), "never mind") and completion.finish_reason == "stop"
     assert all(any(word.startswith(asked) for word in (WORD, b"never mind")) for asked in spell.asked)
