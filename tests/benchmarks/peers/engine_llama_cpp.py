@@ -1,7 +1,7 @@
 """llama.cpp through its C interface: one batch of several sequences per call, greedy, as its own server does.
 
-Every sequence has KV of its own (not `kv_unified`): batches of independent sequences are faster so, and a shared prefix
-is copied to a sequence rather than computed again.
+Sequences that decode side by side have KV of their own: that is quicker. In the mixed load it is unified, as in its
+server: prompts of many lengths share a batch, and a shared prefix is there once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Engine:
             raise RuntimeError(f"llama.cpp could not load {model}")
         self._vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
         self._threads, self._sequences, self._context = threads, sequences, context
-        self._contexts: dict[tuple[int, int], Context] = {}
+        self._contexts: dict[tuple[int, int, bool], Context] = {}
         self._open(1, context)
 
     def prefill(self, prompt: list[int]) -> float:
@@ -65,7 +65,7 @@ class Engine:
 
     def traffic(self, wishes: Sequence[Wish], bound: float) -> dict[str, Any]:
         prefixes = {wish[3]: wish[1][: wish[4]] for wish in wishes}
-        context = self._open(self._sequences + len(prefixes), _MIXED)
+        context = self._open(self._sequences + len(prefixes), _MIXED, unified=True)
         context.clear()
         homes = {}
         for home, (prefix, ids) in enumerate(prefixes.items(), self._sequences):
@@ -83,19 +83,20 @@ class Engine:
             found.append([_score(row, token, top) for row, token in zip(logprobs, text[1:], strict=True)])
         return found
 
-    def _open(self, sequences: int, length: int) -> Context:
-        key = (sequences, length)
+    def _open(self, sequences: int, length: int, unified: bool = False) -> Context:
+        key = (sequences, length, unified)
         if key not in self._contexts:
-            self._contexts[key] = Context(self._model, self._vocab, sequences, length, self._threads)
+            self._contexts[key] = Context(self._model, self._vocab, *key, self._threads)
         return self._contexts[key]
 
 
 class Context:
     """A llama_context, its batch, and what it was last told to hold."""
 
-    def __init__(self, model: Any, vocab: int, sequences: int, length: int, threads: int) -> None:
+    def __init__(self, model: Any, vocab: int, sequences: int, length: int, unified: bool, threads: int) -> None:
         params = llama.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified = sequences * -(-length // 256) * 256, sequences, False
+        params.n_ctx, params.n_seq_max = sequences * -(-length // 256) * 256, sequences
+        params.kv_unified = unified
         params.n_batch = params.n_ubatch = _BATCH
         params.n_threads = params.n_threads_batch = threads
         self._llama = llama.llama_init_from_model(model, params)
