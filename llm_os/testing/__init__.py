@@ -4,7 +4,8 @@
         llm_os_kernel     makes kernels on the `sim` driver, closed at the end of the test
         llm_os_machine    makes the kernel's core with a virtual clock: `Machine`
     suites (a class of yours inherits from one of them, and says what is to be tested)
-        DriverConformance, FormatConformance, PolicyConformance, FilterConformance, PassConformance, ToolConformance
+        DriverConformance, FormatConformance, PolicyConformance, FilterConformance, PassConformance, ToolConformance,
+        DrafterConformance
 
 Names are imported on first use.
 """
@@ -15,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_os.testing.drafters import DrafterConformance as DrafterConformance
     from llm_os.testing.drivers import DriverConformance as DriverConformance
     from llm_os.testing.filters import FilterConformance as FilterConformance
     from llm_os.testing.formats import FormatConformance as FormatConformance
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from llm_os.testing.tools import ToolConformance as ToolConformance
 
 _HOMES = {
+    "DrafterConformance": "drafters",
     "DriverConformance": "drivers",
     "FilterConformance": "filters",
     "FormatConformance": "formats",

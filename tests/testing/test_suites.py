@@ -14,6 +14,7 @@ from llm_os.drivers.sim import SimImage
 from llm_os.kernel.kernel import Kernel
 from llm_os.kernel.plugins import Plugins
 from llm_os.testing import (
+    DrafterConformance,
     FilterConformance,
     FormatConformance,
     Machine,
@@ -35,6 +36,13 @@ class TestFifo(PolicyConformance):
         from llm_os.plugins.policies import Fifo
 
         return Fifo()
+
+
+class TestPromptLookup(DrafterConformance):
+    def make(self) -> llm_os.Drafter:
+        from llm_os.plugins.prompt_lookup import PromptLookup
+
+        return PromptLookup()
 
 
 class TestSimImage(FormatConformance):
@@ -194,6 +202,39 @@ def test_a_policy_with_a_fault_is_found(fault: str) -> None:
     class Suite(PolicyConformance):
         def make(self) -> Any:
             return make()
+
+    with pytest.raises(AssertionError):
+        getattr(Suite(), name)()
+
+
+class Gossip:
+    """Guesses with what `guess` makes of the new tokens, the limit and all that it has ever heard."""
+
+    def __init__(self, guess: Callable[[Any, int, list[int]], Any]) -> None:
+        self._guess, self._heard = guess, list[int]()
+
+    def open(self, context: Any) -> Any:
+        return self
+
+    def guess(self, new: Any, limit: int) -> Any:
+        self._heard.extend(new)
+        return self._guess(new, limit, self._heard)
+
+
+DRAFTERS = {
+    "too many": (lambda new, limit, heard: [7] * (limit + 1), "test_it_guesses_token_ids_and_no_more_than_the_limit"),
+    "no ids": (lambda new, limit, heard: ["7"], "test_it_guesses_token_ids_and_no_more_than_the_limit"),
+    "of others": (lambda new, limit, heard: heard[:limit], "test_one_process_is_not_told_what_another_has_said"),
+}
+
+
+@pytest.mark.parametrize("fault", DRAFTERS)
+def test_a_drafter_with_a_fault_is_found(fault: str) -> None:
+    guess, name = DRAFTERS[fault]
+
+    class Suite(DrafterConformance):
+        def make(self) -> Any:
+            return Gossip(guess)
 
     with pytest.raises(AssertionError):
         getattr(Suite(), name)()
