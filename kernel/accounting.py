@@ -16,8 +16,9 @@ it one prompt at once, and then the answers of its active processes, of which th
 of weight 1 that begin alike are never served amounts that differ by more than the greater of U_i and U_f, and those of
 any time between by twice that. It is the paper's bound 2 max(w_p L_input, w_q M), with slots * answer in place of the
 M tokens that fit in memory. Tenants that use different models of one device get turns in the order of their counters,
-and stay within slots * (INPUT * prompt + OUTPUT * (1 + guesses)) / weight, of one process in a step. Models that do not fit together change in that order too,
-but not before a slice has ended (`residency.py`): that adds what a tenant is served in a slice.
+and stay within slots * (INPUT * prompt + OUTPUT * (1 + guesses)) / weight: so much is a turn. Models that do not fit
+together change in that order too, but not before a slice has ended (`residency.py`): that adds what a tenant is served
+in a slice.
 
 Quotas are reserved when a request is admitted and settled when it ends: used + reserved <= quota at every moment.
 """
