@@ -228,3 +228,21 @@ def test_a_row_is_rotated_as_if_it_were_alone(workbench, way):
         assert np.array_equal(alone.rows[0], together.rows[i])
         assert np.array_equal(alone.keys()[0], together.keys()[i])
         assert np.array_equal(alone.values()[0], together.values()[i])
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 203])
+def test_the_greatest_of_a_row_is_the_first_of_equals_and_padding_is_none(workbench, count):
+    width = -(-count // 16) * 16
+    x = np.full((12, width), 9e9, np.float32)  # past what counts there is anything
+    x[:, :count] = np.round(normal(12, count))  # many are equal
+    x[1, :count] = -np.inf
+    x[2, count // 2] = np.nan
+    x[3, count - 1] = np.inf
+    x[4, :count] = -5
+    x[5:, count:] = np.nan
+    best = np.full((12, 2), -1, np.int64)
+    workbench().run(["best", 1, 1, address(best), 0, address(x), 0, width, count], rows=12)
+    sound = np.isfinite(x[:, :count]).all(1)
+    assert np.array_equal(best[:, 1], sound)
+    assert np.array_equal(best[sound, 0], x[sound, :count].argmax(1))
+    assert ((best[:, 0] >= 0) & (best[:, 0] < count)).all()
