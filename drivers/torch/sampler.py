@@ -20,6 +20,7 @@ from llm_os.kernel.errors import DriverError, Error
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
+_FIRST = 256  # tokens that are ordered at first
 
 
 class Scores(NamedTuple):
@@ -116,19 +117,28 @@ def _known(ids: Ids, vocab: int) -> Ids:
 
 
 def _draw(scores: Floats, wish: Sample) -> int:
+    """Orders no more tokens than it takes: of a large vocabulary a few hold nearly all of the distribution."""
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, which is right
         scaled = (scores - scores.max()) / wish.temperature
-    order = _best(scaled, wish.top_k or len(scaled))
-    weights = np.exp(scaled[order])
-    cumulative = np.cumsum(weights)
-    if wish.top_p < 1:
-        before = cumulative - weights
-        weights = weights[: max(1, int(np.count_nonzero(before < wish.top_p * cumulative[-1])))]
-    if wish.min_p > 0:
-        weights = weights[: max(1, int(np.count_nonzero(weights >= wish.min_p * weights[0])))]
-    cumulative = cumulative[: len(weights)]
-    index = int(np.searchsorted(cumulative, wish.uniform * cumulative[-1], side="right"))
-    return int(order[min(index, len(weights) - 1)])
+    every = np.exp(scaled)
+    most = min(wish.top_k or len(scaled), len(scaled))
+    count = most if most < len(scaled) else min(_FIRST, most)
+    while True:
+        order = _best(scaled, count)
+        weights = every[order]
+        cumulative = np.cumsum(weights)
+        total = cumulative[-1] if most < len(scaled) else every.sum()
+        kept = count
+        if wish.top_p < 1:
+            kept = max(1, int(np.count_nonzero(cumulative - weights < wish.top_p * total)))
+        if wish.min_p > 0:
+            kept = max(1, int(np.count_nonzero(weights[:kept] >= wish.min_p * weights[0])))
+        cut = wish.top_p < 1 or wish.min_p > 0
+        goal = wish.uniform * (cumulative[kept - 1] if cut else total)
+        if count == most or (kept < count if cut else goal < cumulative[-1]):
+            index = int(np.searchsorted(cumulative[:kept], goal, side="right"))
+            return int(order[min(index, kept - 1)])
+        count = min(most, 16 * count)
 
 
 def _best(values: Floats, count: int) -> Ids:

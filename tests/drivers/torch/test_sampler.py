@@ -97,6 +97,22 @@ def test_every_mix_of_options_chooses_what_the_reference_chooses(seed):
     assert [row.token for row in chosen] == [reference(row, wish) for row, wish in zip(rows, wishes, strict=True)]
 
 
+@pytest.mark.parametrize("flat", [0.01, 1.0, 3.0])
+def test_a_large_vocabulary_is_drawn_from_as_a_small_one(flat):
+    """However many tokens it takes: nearly all of them where they are equally likely."""
+    logits = [flat * score for score in logits_of(9, vocab=6000)]
+    chance = random.Random(3)
+    wishes = [
+        Sample(uniform=(n + chance.random()) / 12, temperature=1.0, top_p=top_p, min_p=min_p, top_k=top_k)
+        for n, (top_p, min_p, top_k) in enumerate(
+            [(1.0, 0.0, 0)] * 4 + [(0.97, 0.0, 0)] * 3 + [(1.0, 0.02, 0)] * 2 + [(0.5, 0.0, 700), (1.0, 0.0, 5000)] * 1
+        )
+    ]
+    chosen = sample(torch.tensor([logits] * len(wishes)), wishes)
+    exact = torch.tensor(logits).tolist()
+    assert [row.token for row in chosen] == [reference(exact, wish) for wish in wishes]
+
+
 @pytest.mark.parametrize(
     "wish",
     [
