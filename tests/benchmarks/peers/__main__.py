@@ -60,8 +60,12 @@ def main() -> int:
         )
     peers = [peer for peer in PEERS if peer.name in options.peers]
     with Bench(plan, peers, stored.path, stored.sha256, options.out, console) as bench:
-        for name in options.only:
-            SECTIONS[name](bench)
+        try:
+            for name in options.only:
+                SECTIONS[name](bench)
+                write(bench.results, plan, options.out, began, busy)
+        except KeyboardInterrupt:
+            bench.results.miss(f"the rest of {name}, and what comes after", "all", "interrupted")
         found = write(bench.results, plan, options.out, began, busy)
         with bench.doing("draw the plot"):
             picture = plot(found, bench.results)

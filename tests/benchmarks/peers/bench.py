@@ -35,7 +35,7 @@ class Plan:
 
 @dataclass
 class Results:
-    """Samples in order of rounds; None where a round failed."""
+    """Samples, in order of rounds: measure -> engine -> values."""
 
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=dict)
