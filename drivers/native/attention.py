@@ -78,6 +78,11 @@ def _write_queries(module: ir.Module, head_dim: int, group: int, count: int) -> 
     with f.loop(start, positions[-1] + 1, LANES) as token:
         page, within = pages.at(token // page_tokens, 8).load(I64), token % page_tokens
         block = keys.at(page + within * head_dim, 2)
+        following = f.minimum(token + LANES, positions[-1])
+        near = pages.at(following // page_tokens, 8).load(I64) + following % page_tokens * head_dim
+        for line in range(0, 2 * LANES * head_dim, 64):
+            f.prefetch(keys.at(near, 2).at(line))
+            f.prefetch(values.at(near, 2).at(line))
         scores = [[Variable(f.constant(0.0, _FLOATS)) for _ in range(2)] for _ in range(count)]
         with f.loop(0, head_dim, 8) as d:  # several at a time, odd and even ones apart: additions wait for each other
             for step in range(8):

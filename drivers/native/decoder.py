@@ -21,12 +21,13 @@ from torch import Tensor
 from llm_os.drivers.formats.architecture import Architecture, Rope
 from llm_os.drivers.formats.weights import Weights
 from llm_os.drivers.native.attention import TILE
+from llm_os.drivers.native.groups import GROUP
 from llm_os.drivers.native.kernels import Sizes, load_kernels
 from llm_os.drivers.native.machine import LANES
-from llm_os.drivers.native.matrix import GROUP, ROWS
 from llm_os.drivers.native.packed import Floats, PackedEmbedding, PackedMatrix, head_of, shares_embedding
 from llm_os.drivers.native.program import FIELDS
 from llm_os.drivers.native.threads import Team
+from llm_os.drivers.native.tiles import ROWS
 from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import layer_matrices
 from llm_os.drivers.torch.embedding import EMBEDDING, FileEmbedding
@@ -35,6 +36,7 @@ from llm_os.drivers.torch.rope import Rotation
 from llm_os.drivers.torch.sampler import Scores
 
 HEAD_ROWS = 32  # rows whose logits are there at a time
+MAX_ROWS = 128  # that go through all layers together: what they leave on the way stays in the second cache
 _ITEMS = 24  # of a product, so that threads share it evenly
 _NO_WINDOW = 1 << 40
 
@@ -72,7 +74,7 @@ class NativeDecoder:
         self._embedding: PackedEmbedding | FileEmbedding = (
             PackedEmbedding(self._head) if shares_embedding(a, weights) else FileEmbedding(weights[EMBEDDING])
         )
-        self._layers = [_Layer(a, index, weights) for index in range(len(a.layers))]
+        self._layers = team.map(lambda index: _Layer(a, index, weights), range(len(a.layers)))
         self._norm = weights["output_norm.weight"].float32().reshape(-1)
         self.nbytes = (
             self._embedding.nbytes + self._head.nbytes + self._norm.nbytes + sum(layer.nbytes for layer in self._layers)
@@ -98,8 +100,18 @@ class NativeDecoder:
     def forward(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Tensor:
         """Feed `tokens`, the rows of all `stretches` in order; returns [n, hidden] before the last norm.
 
-        Writes their keys and values to `pool`. What it returns is overwritten by the next call.
+        Writes their keys and values to `pool`. What it returns may be overwritten by the next call.
         """
+        if len(tokens) <= MAX_ROWS:
+            return torch.from_numpy(self._feed(tokens, stretches, pool))
+        parts = []
+        for start in range(0, len(tokens), MAX_ROWS):
+            stop = min(len(tokens), start + MAX_ROWS)
+            part = [cut for stretch in stretches if (cut := _cut(stretch, start, stop)) is not None]
+            parts.append(self._feed(tokens[start:stop], part, pool).copy())
+        return torch.from_numpy(np.concatenate(parts))
+
+    def _feed(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Floats:
         count = len(tokens)
         if count > self._rows or pool.address != self._base:
             self._prepare(max(count, self._rows), pool)
@@ -108,7 +120,7 @@ class NativeDecoder:
             self._x[:count] *= np.float32(self._a.embedding_scale)
         self._place(stretches, pool, count)
         self._perform(self._program, self._state)
-        return torch.from_numpy(self._x[:count])
+        return self._x[:count]
 
     def scores(self, hidden: Tensor) -> Iterator[Scores]:
         """Over the vocabulary, for rows of `forward`'s result, up to HEAD_ROWS at a time. Each is overwritten by the
@@ -251,6 +263,14 @@ class NativeDecoder:
                 int(add), _address(place), 0 if bias is None else 4 * LANES,
             ]  # fmt: skip
             done += blocks
+
+
+def _cut(stretch: Stretch, start: int, stop: int) -> Stretch | None:
+    """What of a stretch is in rows `start .. stop`, as rows from 0 on."""
+    low, high = max(start, stretch.row), min(stop, stretch.row + stretch.length)
+    if low >= high:
+        return None
+    return Stretch(low - start, high - low, stretch.position + low - stretch.row, stretch.layout)
 
 
 class _Angles:

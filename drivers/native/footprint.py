@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from llm_os.drivers.formats.architecture import Architecture
+from llm_os.drivers.formats.changed import outline
+from llm_os.drivers.formats.quants import held_row_bytes
 from llm_os.drivers.formats.weights import Weights
-from llm_os.drivers.native.decoder import HEAD_ROWS
+from llm_os.drivers.native.decoder import HEAD_ROWS, MAX_ROWS
+from llm_os.drivers.native.groups import GROUP
 from llm_os.drivers.native.machine import LANES
-from llm_os.drivers.native.matrix import GROUP
 from llm_os.drivers.native.packed import PART_VALUES, head_of, kind_of, packed_bytes, shares_embedding
 from llm_os.drivers.torch.decoder import layer_matrices
 from llm_os.drivers.torch.embedding import EMBEDDING
@@ -22,6 +24,7 @@ def measure_native(a: Architecture, weights: Weights, batch_tokens: int) -> Foot
         vectors += 4 * (a.heads + 2 * a.kv_heads) * a.head_dim
     embedding = 0 if shares_embedding(a, weights) else weights[EMBEDDING].data.nbytes
     layers = [layer_matrices(weights, index).values() for index in range(len(a.layers))]
+    made = max(_made(weights, name) for layer in layers for names in layer for name in names)
     return Footprint(
         extents=(
             embedding,
@@ -29,22 +32,32 @@ def measure_native(a: Architecture, weights: Weights, batch_tokens: int) -> Foot
             _packed(weights, head_of(a)) + 4 * a.hidden,
         ),
         kv_bytes_per_token=len(a.layers) * 2 * a.kv_heads * a.head_dim * 2,
-        workspace=max(_forward(a, batch_tokens), 16 * PART_VALUES),
+        workspace=max(_forward(a, batch_tokens), 256 * PART_VALUES + made),
         page_tokens=PAGE_TOKENS,
     )
 
 
 def _packed(weights: Weights, name: str) -> int:
-    tensor = weights[name]
-    return packed_bytes(kind_of(tensor.kind), *tensor.shape)
+    kind, (rows, columns) = outline(weights, name)
+    return packed_bytes(kind_of(kind), rows, columns)
+
+
+def _made(weights: Weights, name: str) -> int:
+    """What there is of a matrix besides, while it is packed: as a pass made it. 0 where the file has it."""
+    kind = weights.kept(name)
+    if kind is None:
+        return 0
+    _, (rows, columns) = outline(weights, name)
+    return rows * held_row_bytes(kind, columns)
 
 
 def _forward(a: Architecture, batch_tokens: int) -> int:
     """The scratch of one batch, and what the sampler has of one part of its logits."""
-    rows = 1 << (max(HEAD_ROWS, batch_tokens) - 1).bit_length()
+    rows = min(MAX_ROWS, 1 << (max(HEAD_ROWS, batch_tokens) - 1).bit_length())
     inner = a.heads * a.head_dim
     widest = max(a.hidden, inner, a.intermediate)
-    floats = 2 * a.hidden + (a.heads + 2 * a.kv_heads) * a.head_dim + inner + 2 * a.intermediate + 2 * a.head_dim
+    floats = 4 * a.hidden + (a.heads + 2 * a.kv_heads) * a.head_dim + inner + 2 * a.intermediate + 3 * a.head_dim
     integers = widest + 12 * widest // GROUP
     vocab = -(-a.vocab_size // LANES) * LANES
-    return rows * (4 * floats + integers + 64) + HEAD_ROWS * 4 * (vocab + a.hidden) + 8 * 8 * a.vocab_size
+    hidden = 2 * 4 * batch_tokens * a.hidden  # where all rows are gathered
+    return hidden + rows * (4 * floats + integers + 64) + HEAD_ROWS * 4 * (vocab + a.hidden) + 8 * 8 * a.vocab_size

@@ -274,6 +274,12 @@ class Function:
         declared = self.module.globals.get(name) or ir.Function(self.module, kind, name)
         return self.call(declared, *arguments)
 
+    def instruction(self, name: str, *arguments: Value) -> None:
+        """LLVM's own function `name`, for its effect."""
+        kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        declared = self.module.globals.get(name) or ir.Function(self.module, kind, name)
+        self.builder.call(declared, [argument.raw for argument in arguments])
+
     def local(self, size: int) -> Value:
         """The address of `size` bytes that are this call's."""
         with self.builder.goto_entry_block():
@@ -284,6 +290,10 @@ class Function:
         return Value(self, start)
 
     # -- arithmetic --------------------------------------------------------------------------------------------------
+
+    def prefetch(self, address: Value) -> None:
+        """Bring what lies there into the second cache. It need not be anything."""
+        self.instruction("llvm.prefetch.p0", address, *(Value(self, I32(number)) for number in (0, 2, 1)))
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a * b + c, rounded once."""

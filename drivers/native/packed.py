@@ -1,6 +1,6 @@
 """Weights in groups and blocks, packed from what a file has. Knows the types of files, no operations.
 
-`matrix` draws the layout.
+`groups` draws the layout.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_os.drivers.formats.architecture import Architecture
+from llm_os.drivers.formats.changed import outline
 from llm_os.drivers.formats.quants import dequantize
 from llm_os.drivers.formats.weights import Weights
+from llm_os.drivers.native.groups import GROUP, GROUP_BYTES, Kind
 from llm_os.drivers.native.machine import LANES
-from llm_os.drivers.native.matrix import GROUP, GROUP_BYTES, Kind
 from llm_os.drivers.torch.decoder import layer_matrices
 from llm_os.drivers.torch.embedding import EMBEDDING
 
-PART_VALUES = 1 << 21  # packed at a time while loading
+PART_VALUES = 1 << 17  # packed at a time by one thread while loading; they take up to 17 bytes each
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
@@ -35,14 +36,13 @@ def packed_bytes(kind: Kind, rows: int, columns: int) -> int:
 def fits(a: Architecture, weights: Weights) -> bool:
     """Whether every matrix can be cut into groups and blocks. Reads no contents."""
     matrices = [names for index in range(len(a.layers)) for names in layer_matrices(weights, index).values()]
-    tensors = [weights[name] for names in matrices for name in names]
+    rows = [outline(weights, name)[1][0] for names in matrices for name in names]
     sizes = [a.hidden, a.intermediate, a.heads * a.head_dim]
     return (
         all(size % GROUP == 0 for size in sizes)
         and a.head_dim % LANES == 0
         and all(layer.rope.dim % (2 * LANES) == 0 for layer in a.layers)
-        and all(len(tensor.data) % LANES == 0 for tensor in tensors)
-        and all(weights.kept(tensor.name) in (None, "Q4_1") for tensor in (*tensors, weights[head_of(a)]))
+        and all(count % LANES == 0 for count in rows)
     )
 
 
@@ -115,9 +115,9 @@ def pack(data: NDArray[np.uint8], stored: str, columns: int, out: NDArray[np.uin
     packed = out.reshape(blocks, groups, GROUP_BYTES[kind])
     numbers = np.dtype("<f2" if kind == "Q4" else "<f4")
     codes, *scales = _bytes_of(data, stored, columns) if kind == "Q8" else _nibbles_of(data, stored)
-    words = codes.shape[-1] // 4
+    words = codes.shape[-1]
     target = packed[:, :, : 64 * words].view("<u4").reshape(blocks, groups, words, LANES)
-    target[...] = codes.view("<u4").reshape(blocks, LANES, groups, words).transpose(0, 2, 3, 1)
+    target[...] = codes.reshape(blocks, LANES, groups, words).transpose(0, 2, 3, 1)
     for i, scale in enumerate(scales):
         start = 64 * words + i * numbers.itemsize * LANES
         place = packed[:, :, start : start + numbers.itemsize * LANES].view(numbers)
@@ -125,14 +125,16 @@ def pack(data: NDArray[np.uint8], stored: str, columns: int, out: NDArray[np.uin
 
 
 def _nibbles_of(data: NDArray[np.uint8], stored: str) -> tuple[NDArray[Any], ...]:
-    """Codes, [rows, groups, 16 bytes], column i in the low half of byte i and column 16+i in its high half; d and m,
+    """Codes, [rows, groups, 4 words], column i in the low half of byte i and column 16+i in its high half; d and m,
     [rows, groups]."""
     if stored == "Q4_K":
         return _nibbles_of_q4_k(data)
-    blocks = data.reshape(len(data), -1, 20 if stored == "Q4_1" else 18)
-    numbers = np.ascontiguousarray(blocks[..., : blocks.shape[-1] - 16]).view("<f2")
-    d = numbers[..., 0]
-    return np.ascontiguousarray(blocks[..., -16:]), d, numbers[..., 1] if stored == "Q4_1" else -8 * d
+    if stored == "Q4_1":
+        blocks = np.ascontiguousarray(data).view("<u4").reshape(len(data), -1, 5)
+        halves = blocks.view("<f2").reshape(*blocks.shape[:2], 10)
+        return blocks[..., 1:], halves[..., 0], halves[..., 1]
+    halves = np.ascontiguousarray(data).view("<f2").reshape(len(data), -1, 9)
+    return np.ascontiguousarray(halves[..., 1:]).view("<u4"), halves[..., 0], -8 * halves[..., 0]
 
 
 def _nibbles_of_q4_k(data: NDArray[np.uint8]) -> tuple[NDArray[Any], ...]:
@@ -146,17 +148,17 @@ def _nibbles_of_q4_k(data: NDArray[np.uint8]) -> tuple[NDArray[Any], ...]:
     values = np.stack([pairs & 15, pairs >> 4], axis=3).reshape(len(data), -1, GROUP)
     d, m = whole[..., :1] * steps, -whole[..., 1:] * starts
     codes = values[..., :16] | values[..., 16:] << 4
-    return codes, d.reshape(len(data), -1), m.reshape(len(data), -1)
+    return codes.view("<u4"), d.reshape(len(data), -1), m.reshape(len(data), -1)
 
 
 def _bytes_of(data: NDArray[np.uint8], stored: str, columns: int) -> tuple[NDArray[Any], ...]:
-    """Codes plus 128, [rows, groups, 32], and d, [rows, groups]. From any type; Q8_0 is taken as it is."""
+    """Codes plus 128, [rows, groups, 8 words], and d, [rows, groups]. From any type; Q8_0 is taken as it is."""
     if stored == "Q8_0":
-        blocks = data.reshape(len(data), -1, 34)
-        return blocks[..., 2:] ^ np.uint8(128), np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]
+        halves = np.ascontiguousarray(data).view("<f2").reshape(len(data), -1, 17)
+        return np.ascontiguousarray(halves[..., 1:]).view("<u4") ^ np.uint32(0x80808080), halves[..., 0]
     values = dequantize(data, stored, columns).reshape(len(data), -1, GROUP)
     d = np.abs(values).max(-1) / np.float32(127)
     with np.errstate(all="ignore"):
         codes = np.nan_to_num(np.rint(values / d[..., None]), nan=0, posinf=0, neginf=0)
     d[~np.isfinite(d)] = np.nan
-    return (codes.clip(-127, 127) + 128).astype(np.uint8), d
+    return (codes.clip(-127, 127) + 128).astype(np.uint8).view("<u4"), d

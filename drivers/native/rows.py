@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
+from llm_os.drivers.native.groups import GROUP, row_at, write_quantized
 from llm_os.drivers.native.machine import F16, F32, I16, I32, I64, LANES, PTR, Function, Value, Variable, vector
-from llm_os.drivers.native.matrix import GROUP, TERMS_BYTES, write_quantized
 
 _FLOATS = vector(F32)
 _LOG2_E = math.log2(math.e)
@@ -165,8 +165,7 @@ def write_best(module: ir.Module) -> Function:
 def _quantized(
     f: Function, op: Value, item: Value, groups: Value, pair: Callable[[Value], tuple[Value, Value]]
 ) -> None:
-    place = item * groups
-    write_quantized(f, groups, pair, op.field(3, PTR).at(place, GROUP), op.field(4, PTR).at(place, TERMS_BYTES))
+    write_quantized(f, groups, pair, *row_at(op.field(3, PTR), op.field(4, PTR), groups, item))
     f.end()
 
 
