@@ -26,7 +26,7 @@ ROWS = 64  # activation rows of one item of work
 _SPAN = 64  # groups of a block that are unpacked at a time: 44 kB, which stay near
 _FLOATS = vector(F32)
 _BATCH = 12  # groups whose sums are written before the first are read: reading at once would wait for the writing
-_SUMS, _ROWS, _COLUMNS = (0, 1), (2, 3), (4, 5)  # registers: 16 x 16 integers, 16 rows x 32, 8 x 16 columns of 4
+_SUMS, _ROWS, _COLUMNS = (0, 1, 2, 3), (4, 5), (6, 7)  # registers: 16 x 16 integers, 16 rows x 32, 8 x 16 columns of 4
 
 
 def begin_tiles(f: Function) -> None:
@@ -69,16 +69,15 @@ def write_tiles(module: ir.Module, processor: Processor, kind: Kind) -> Function
                 end = f.minimum(first + _BATCH, count)
                 place = groups * (row // LANES) + start
 
-                def multiply(group: Value, way: int, first: Value = first, place: Value = place) -> None:
+                def place_of(group: Value, place: Value = place, first: Value = first) -> tuple[Value, Value, Value]:
                     into = sums.at(group - first, 1024)
-                    _multiply(f, codes.at(place + group, CODES_BYTES), unpacked.at(group, 512), into, way)
+                    return codes.at(place + group, CODES_BYTES), unpacked.at(group, 512), into
 
-                whole = first + (end - first) // 2 * 2
-                with f.loop(first, whole, 2) as group:
-                    multiply(group, 0)
-                    multiply(group + 1, 1)
-                with f.when(whole < end):
-                    multiply(whole, 0)
+                fours = first + (end - first) // 4 * 4
+                with f.loop(first, fours, 4) as group:
+                    _multiply(f, [place_of(group + i) for i in range(4)])
+                with f.loop(fours, end) as group:
+                    _multiply(f, [place_of(group)])
                 with f.loop(first, end) as group:
                     d, m, total_ = (numbers.at(group, 192).at(64 * j).load(_FLOATS) for j in range(3))
                     products = sums.at(group - first, 1024)
@@ -106,12 +105,17 @@ def finish(totals: list[Variable], out: Value, width: Value, adds: Value) -> Non
         place.store(total.get())
 
 
-def _multiply(f: Function, codes: Value, weights: Value, out: Value, way: int) -> None:
-    """16 rows of codes times 16 columns of weights: 16 x 16 sums into `out`."""
-    sums, rows, columns = (f.constant(each[way], I8) for each in (_SUMS, _ROWS, _COLUMNS))
+def _multiply(f: Function, groups: list[tuple[Value, Value, Value]]) -> None:
+    """16 rows of codes times 16 columns of weights, into 16 x 16 sums: of up to 4 groups, none of which waits for
+    another."""
     line, stride = f.constant(64, I64), f.constant(GROUP, I64)
-    f.instruction("llvm.x86.tilezero", sums)
-    f.instruction("llvm.x86.tileloadd64", rows, codes, stride)
-    f.instruction("llvm.x86.tileloadd64", columns, weights, line)
-    f.instruction("llvm.x86.tdpbsud", sums, rows, columns)
-    f.instruction("llvm.x86.tilestored64", sums, out, line)
+    registers = [
+        tuple(f.constant(each[i % len(each)], I8) for each in (_SUMS, _ROWS, _COLUMNS)) for i in range(len(groups))
+    ]
+    for (codes, weights, _), (sums, rows, columns) in zip(groups, registers, strict=True):
+        f.instruction("llvm.x86.tilezero", sums)
+        f.instruction("llvm.x86.tileloadd64", rows, codes, stride)
+        f.instruction("llvm.x86.tileloadd64", columns, weights, line)
+        f.instruction("llvm.x86.tdpbsud", sums, rows, columns)
+    for (_, _, out), (sums, _, _) in zip(groups, registers, strict=True):
+        f.instruction("llvm.x86.tilestored64", sums, out, line)
