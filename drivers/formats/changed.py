@@ -57,6 +57,16 @@ def weights_of(image: Image) -> Weights:
     return cast(Weights, weights)
 
 
+def outline(weights: Weights, name: str) -> tuple[str, tuple[int, ...]]:
+    """The type and shape in which a tensor comes. Does a pass's work only where that changes values, and so perhaps the
+    type."""
+    kind = weights.kept(name)
+    if kind is None or not isinstance(weights, ChangedWeights):
+        tensor = weights[name]
+        return tensor.kind, tensor.shape
+    return kind, stored(weights)[weights.head if name == HEAD else name].shape
+
+
 def _tied(image: Image) -> bool:
     return bool(getattr(getattr(image, "hyperparameters", None), "tied_embeddings", False))
 
@@ -76,7 +86,7 @@ class ChangedWeights:
         self.below = below
         self._change = change
         self._kept = kept
-        self._head = head
+        self.head = head
         self._model = model
 
     def __contains__(self, name: str) -> bool:
@@ -85,7 +95,7 @@ class ChangedWeights:
     def __getitem__(self, name: str) -> WeightTensor:
         """Raises PluginError, naming the tensor, where the change fails."""
         if name == HEAD and self.below.kept(name) is None:
-            tensor = structs.replace(self.below[self._head], name=name)
+            tensor = structs.replace(self.below[self.head], name=name)
         else:
             tensor = self.below[name]
         if self._change is not None:

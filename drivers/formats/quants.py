@@ -2,7 +2,7 @@
 
 In GGML's types a quantized row is a run of blocks; each block holds 32 or 256 values as small integers with shared
 scales. The layouts are those of ggml's `ggml-common.h`. `libgguf` (C) does the work where it is installed, numpy where
-it is not; both give the same float32 values, bit for bit. Types of our own, which no file has, are in `integer_rows`.
+it is not; both give the same float32 values, bit for bit. `quantize` is numpy alone: the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from llm_os.drivers.formats.integer_rows import ROW_KINDS, decode_rows, encode_rows
 from llm_os.kernel.errors import Unsupported
 
 try:
@@ -63,8 +62,6 @@ def dequantize(data: NDArray[np.uint8], kind: str, columns: int) -> NDArray[np.f
 
     Raises Unsupported for a kind that is not in `KINDS`, ValueError when the bytes per row do not fit `columns`.
     """
-    if kind in ROW_KINDS:
-        return decode_rows(data, kind, columns)
     traits = KINDS.get(kind)
     if traits is None:
         raise Unsupported(f"tensor type {kind} is not supported; supported are {', '.join(KINDS)}")
@@ -92,36 +89,51 @@ def dequantize_blocks(data: NDArray[np.uint8], kind: str, columns: int) -> NDArr
     return out
 
 
-HELD = (*ROW_KINDS, "Q4_1")  # what `quantize` makes, and what a pass may ask a device to hold
+HELD = ("Q8_0", "Q4_1")  # what `quantize` makes, and what a pass may ask a device to hold
 
 
 def held_row_bytes(kind: str, columns: int) -> int:
     """Bytes of a row of `columns` values in a kind of HELD. Raises Unsupported for another kind, or if it cannot be."""
     if kind not in HELD:
         raise Unsupported(f"weights cannot be held as {kind}; they can as {', '.join(HELD)}")
-    block = ROW_KINDS[kind] if kind in ROW_KINDS else KINDS[kind].block_values
-    if columns % block:
-        raise Unsupported(f"rows of {columns} values cannot be held as {kind}; it takes multiples of {block}")
-    return 4 + columns if kind in ROW_KINDS else KINDS[kind].row_bytes(columns)
+    traits = KINDS[kind]
+    if columns % traits.block_values:
+        raise Unsupported(
+            f"rows of {columns} values cannot be held as {kind}; it takes multiples of {traits.block_values}"
+        )
+    return traits.row_bytes(columns)
 
 
 def quantize(values: Floats, kind: str) -> Blocks:
     """`values` [rows, columns] as rows of bytes in a kind of HELD. Raises Unsupported as `held_row_bytes` does."""
     held_row_bytes(kind, values.shape[1])
-    return encode_rows(values, kind) if kind in ROW_KINDS else _to_q4_1(values)
-
-
-def _to_q4_1(values: Floats) -> Blocks:
-    """16 levels from the least to the greatest of 32 values. A block with NaN or infinity becomes NaN."""
-    groups = values.reshape(-1, 32)
+    groups = np.ascontiguousarray(values, np.float32).reshape(-1, 32)
     with np.errstate(all="ignore"):
-        low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
-        step, start = ((high - low) / np.float32(15)).astype("<f2"), low.astype("<f2")
-        levels = np.rint((groups - start.astype(np.float32)) / step.astype(np.float32))
-        codes = np.nan_to_num(levels, nan=0, posinf=0, neginf=0).clip(0, 15).astype(np.uint8)
-    step[~np.isfinite(low + high)] = np.nan
-    blocks = np.concatenate([step.view(np.uint8), start.view(np.uint8), codes[:, :16] | codes[:, 16:] << 4], axis=1)
+        blocks = _to_q8_0(groups) if kind == "Q8_0" else _to_q4_1(groups)
     return blocks.reshape(len(values), -1)
+
+
+def _to_q8_0(groups: Floats) -> Blocks:
+    """255 levels around zero. No value is off by more than half a step: where the nearest float16 is too small a step,
+    as happens below 2**-14, the next one is taken. A block with NaN, infinity or too much for float16 becomes NaN."""
+    largest = np.maximum(groups.max(1, keepdims=True), -groups.min(1, keepdims=True))
+    step = (largest / np.float32(127)).astype("<f2")
+    step = np.where(step * np.float32(127.4) < largest, np.nextafter(step, np.float16(np.inf)), step)
+    step[~np.isfinite(step)] = np.nan
+    levels = groups / np.where(step > 0, step, np.float16(1)).astype(np.float32)
+    np.rint(levels, out=levels)
+    levels[np.isnan(step[:, 0])] = 0
+    return np.concatenate([step.astype("<f2").view(np.uint8), levels.astype(np.int8).view(np.uint8)], axis=1)
+
+
+def _to_q4_1(groups: Floats) -> Blocks:
+    """16 levels from the least to the greatest of 32 values. A block with NaN or infinity becomes NaN."""
+    low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+    step, start = ((high - low) / np.float32(15)).astype("<f2"), low.astype("<f2")
+    levels = np.rint((groups - start.astype(np.float32)) / step.astype(np.float32))
+    codes = np.nan_to_num(levels, nan=0, posinf=0, neginf=0).clip(0, 15).astype(np.uint8)
+    step[~np.isfinite(low + high)] = np.nan
+    return np.concatenate([step.view(np.uint8), start.view(np.uint8), codes[:, :16] | codes[:, 16:] << 4], axis=1)
 
 
 def _plain(data: NDArray[np.uint8], kind: str) -> Floats:

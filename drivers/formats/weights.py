@@ -14,7 +14,7 @@ _PART_VALUES = 1 << 20  # values that `quantized` has as float32 at a time
 class WeightTensor(Struct, frozen=True, kw_only=True):
     """One tensor: `data` is a view of the file, [rows, bytes per row], rows being all dimensions but the last.
 
-    `kind` is a GGML type name: "F32", "F16", "BF16", "Q4_1", ..., or one that only passes make (`integer_rows.py`).
+    `kind` is a GGML type name: "F32", "F16", "BF16", "Q4_1", ...
     Blocks of a quantized type lie along the last dimension, so rows can be taken, permuted and concatenated freely.
     """
 
@@ -35,7 +35,7 @@ class WeightTensor(Struct, frozen=True, kw_only=True):
         return WeightTensor(name=self.name, shape=values.shape, kind="F32", data=rows.view(np.uint8))
 
     def quantized(self, kind: str) -> WeightTensor:
-        """The tensor in another type: "INT8_ROW", "INT8_ROW_H64" (drivers/formats/integer_rows.py) or "Q4_1".
+        """The tensor in another type: "Q8_0" or "Q4_1", both of 32 values each.
 
         A million values at a time. Raises Unsupported for another type, or where the rows do not fit it.
         """

@@ -56,13 +56,12 @@ def _matrices(a: Architecture, weights: Weights, index: int) -> list[_Matrix]:
 
 
 def _forward(a: Architecture, format: Format, batch_tokens: int) -> int:
-    """An upper bound of the scratch of one batch: rows (rotated and rounded, where matrices are integers), one span of
-    attention, one tile of logits, some rows of a matrix."""
+    """An upper bound of the scratch of one batch: rows, one span of attention, one tile of logits, some rows of a
+    matrix."""
     rows = batch_tokens + format.tile
     qkv = (a.heads + 2 * a.kv_heads) * a.head_dim
     per_row = 5 * a.hidden + max(5 * qkv, 7 * a.intermediate) + 2 * a.heads * a.head_dim
     span = 2 * a.kv_heads * SPAN * a.head_dim + a.heads * TILE * (3 * SPAN + 3 * (SPAN // BLOCK) * a.head_dim)
     masks = batch_tokens * SPAN
     logits = 2 * format.tile * a.vocab_size + 8 * a.vocab_size
-    integers = rows * 4 * max(a.hidden, a.intermediate)
-    return 4 * (rows * per_row + span + masks + logits + integers) + 3 * UNPACKED_BYTES
+    return 4 * (rows * per_row + span + masks + logits) + 3 * UNPACKED_BYTES

@@ -10,8 +10,8 @@ Matrices are held as float32 (or bfloat16), whatever the file's type, unless a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, cast
+from collections.abc import Iterable, Iterator
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -20,21 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from llm_os.drivers.formats.quants import held_row_bytes
 from llm_os.drivers.formats.weights import Weights, WeightTensor
-from llm_os.drivers.torch.quantized import (
-    Int4Linear,
-    IntegerLinear,
-    UnpackedLinear,
-    Way,
-    choose_way,
-    held_bytes,
-    probe_int4,
-    probe_integers,
-)
+from llm_os.drivers.torch.quantized import UnpackedLinear
 from llm_os.drivers.torch.rows import by_tiles
 
 PART_BYTES = 32 << 20  # of float32 values dequantized at a time while loading
-Array = NDArray[Any]
+Floats = NDArray[np.float32]
 
 
 class Linear(Protocol):
@@ -96,18 +88,17 @@ def _multiply_packed(x: Tensor, weight: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
 
 
-def _row_parts(tensors: list[WeightTensor], row_bytes: int, take: Callable[[WeightTensor], Array]) -> Iterator[Tensor]:
-    """What `take` makes of the rows of all `tensors` in order, `row_bytes` each; at most PART_BYTES (but 64 rows) at a
-    time."""
-    limit = max(1, PART_BYTES // (row_bytes * 64)) * 64
-    pending: list[Array] = []
+def _dequantized(tensors: list[WeightTensor]) -> Iterator[Tensor]:
+    """float32 rows of all `tensors` in order, at most PART_BYTES (but 64 rows) at a time."""
+    limit = max(1, PART_BYTES // (tensors[0].shape[1] * 4 * 64)) * 64
+    pending: list[Floats] = []
     count = 0
     for tensor in tensors:
         start = 0
         while start < tensor.shape[0]:
             stop = min(tensor.shape[0], start + limit - count)
             piece = structs.replace(tensor, data=tensor.data[start:stop], shape=(stop - start, tensor.shape[1]))
-            pending.append(take(piece))
+            pending.append(piece.float32())
             count += stop - start
             start = stop
             if count == limit:
@@ -115,15 +106,6 @@ def _row_parts(tensors: list[WeightTensor], row_bytes: int, take: Callable[[Weig
                 pending, count = [], 0
     if pending:
         yield torch.from_numpy(pending[0] if len(pending) == 1 else np.concatenate(pending))
-
-
-def _dequantized(tensors: list[WeightTensor]) -> Iterator[Tensor]:
-    return _row_parts(tensors, tensors[0].shape[1] * 4, WeightTensor.float32)
-
-
-def _as_they_are(tensors: list[WeightTensor]) -> Iterator[Tensor]:
-    """Bytes, copied: no view of the file outlives the load."""
-    return _row_parts(tensors, tensors[0].data.shape[1], lambda piece: piece.data.copy())
 
 
 class Format(Struct, frozen=True):
@@ -134,7 +116,6 @@ class Format(Struct, frozen=True):
     packed: bool  # oneDNN's layout, where the shape allows it
     device: torch.device
     embedding_in_file_type: bool  # rows of the embedding are dequantized on the host, where they are read
-    quick: bool = False  # integers are multiplied as they are where the processor can, else unpacked
 
     def linear(self, weights: Weights, names: list[str]) -> Linear:
         """One matrix from the rows of several, which have the same number of columns."""
@@ -142,7 +123,8 @@ class Format(Struct, frozen=True):
         rows, columns = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
         kind = _kept(weights, names)
         if kind is not None:
-            return self._held(tensors, kind, rows, columns)
+            data = np.concatenate([tensor.data for tensor in tensors])  # no view of the file outlives the load
+            return UnpackedLinear(torch.from_numpy(data).to(self.device), kind, columns, self.tile, self.dtype)
         if self.packed and PackedLinear.fits(rows, columns):
             return PackedLinear((part.to(self.dtype) for part in _dequantized(tensors)), self.tile)
         return DenseLinear(self.dense(tensors), self.tile)
@@ -162,29 +144,11 @@ class Format(Struct, frozen=True):
         kind = _kept(weights, names)
         if kind is None:
             return rows * columns * self.dtype.itemsize
-        return held_bytes(self._way(kind, rows, columns), kind, rows, columns)
+        return rows * held_row_bytes(kind, columns)
 
     def kept_bytes(self, weights: Weights, names: list[str], rows: int, columns: int) -> int:
         """What `linear` has besides, while it loads: the matrix as a pass made it. 0 where the file has it."""
         return 0 if _kept(weights, names) is None else self.nbytes(weights, names, rows, columns)
-
-    def _way(self, kind: str, rows: int, columns: int) -> Way:
-        if not self.quick:
-            return choose_way(kind, rows, columns, None, False)
-        return choose_way(kind, rows, columns, probe_integers(), probe_int4())  # probed when they are needed first
-
-    def _held(self, tensors: list[WeightTensor], kind: str, rows: int, columns: int) -> Linear:
-        way = self._way(kind, rows, columns)
-        if way == "int4":
-            return Int4Linear(_as_they_are(tensors), columns)
-        if way != "unpacked":
-            return IntegerLinear(_as_they_are(tensors), kind, way)
-        data = torch.empty(rows, tensors[0].data.shape[1], dtype=torch.uint8, device=self.device)
-        filled = 0
-        for part in _as_they_are(tensors):
-            data[filled : filled + len(part)] = part
-            filled += len(part)
-        return UnpackedLinear(data, kind, columns, self.tile, self.dtype)
 
 
 def _kept(weights: Weights, names: list[str]) -> str | None:
@@ -196,11 +160,10 @@ def _kept(weights: Weights, names: list[str]) -> str | None:
 def choose_format(precision: str, device: torch.device) -> Format:
     """The format for "exact" (float32, the reference) or "fast".
 
-    On a CPU both are float32 for now: bfloat16 is 1.6 to 2.3 times faster and changed answers (docs/decisions/0004). A
-    tile of 16 rows costs 1.7 times one row. Matrices that a pass wants held in 8 or 4 bits are unpacked in exact mode,
-    and multiplied as they are in fast mode, where the processor can.
+    On a CPU both are float32: fast is what native code does not take (`drivers/native`), and bfloat16 changed answers
+    (docs/decisions/0004). A tile of 16 rows costs 1.7 times one row.
     """
     if device.type == "cpu":
         packed = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        return Format(torch.float32, 16, packed, device, True, precision == "fast")
+        return Format(torch.float32, 16, packed, device, True)
     return Format(torch.bfloat16 if precision == "fast" else torch.float32, 16, False, device, False)

@@ -117,6 +117,8 @@ def _lines(report: Report) -> list[str]:
     table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     before, after = report.bytes_before, report.bytes_after
     weights = f"weights on the device: {before:,} bytes before, {after:,} after ({after / before:.0%})"
+    if after >= before:
+        weights += f"; at this precision {report.model} takes no more as it is"
     return [f"{report.model}+{report.compression}, {report.precision}, {report.device}", *table, weights]
 
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 from functools import cache
 
-from llm_os import Image, change_weights, weight_matrices
+from llm_os import Image, Unsupported, change_weights, weight_matrices
 from llm_os.plugins.quantize.records import Records
 
 PASSES = ("int8", "int4")
 _HEAD = "output.weight"
+_GROUP = 32  # values that share a scale, in both types
 _log = logging.getLogger("llm_os.plugins.quantize")
 
 
 def types(matrices: dict[str, tuple[int, int]], name: str) -> dict[str, str]:
-    """The type for each matrix. int8: 8 bits, one scale a row, rotated where the rows allow it. int4: 4 bits in groups
-    of 32; the head, whose errors nothing smooths out, has 8. Embedding, norms and biases stay as they are."""
-    chosen = {}
-    for matrix, (_, columns) in matrices.items():
-        wide = "INT8_ROW_H64" if columns % 64 == 0 else "INT8_ROW"
-        chosen[matrix] = "Q4_1" if name == "int4" and matrix != _HEAD and columns % 32 == 0 else wide
-    return chosen
+    """The type for each matrix whose rows are a multiple of 32. int8: 8 bits. int4: 4 bits; the head, whose errors
+    nothing smooths out, has 8. Other matrices, embedding, norms and biases stay as they are."""
+    return {
+        matrix: "Q4_1" if name == "int4" and matrix != _HEAD else "Q8_0"
+        for matrix, (_, columns) in matrices.items()
+        if columns % _GROUP == 0
+    }
 
 
 class Quantize:
@@ -32,7 +33,12 @@ class Quantize:
         self._records = records
 
     def apply(self, image: Image) -> Image:
-        changed = change_weights(image, kept=types(weight_matrices(image), self._name))
+        kept = types(weight_matrices(image), self._name)
+        if not kept:
+            raise Unsupported(
+                f"{image.name}+{self._name}: no matrix has rows of a multiple of {_GROUP} values; use it as it is"
+            )
+        changed = change_weights(image, kept=kept)
         if self._records is not None and not self._records.kept(image, self._name):
             remind(image.name, self._name)
         return changed

@@ -21,6 +21,7 @@ from llm_os import Config, Image, Store, StoreError
 from llm_os.plugins.quantize.report import Report
 
 _LARGEST = 1 << 20
+_VERSION = 2  # another one is of compressions that are no more
 Files = list[tuple[str, int, int]]
 
 
@@ -59,7 +60,7 @@ class Records:
     def keep(self, path: Path, report: Report) -> Path:
         """Write down a report about the model at `path`; where. Raises StoreError."""
         files, sha256 = _files(path), _hash(path)
-        record = Record(version=1, sha256=sha256, files=files, report=report)
+        record = Record(version=_VERSION, sha256=sha256, files=files, report=report)
         target = self._folder / f"{sha256}-{report.compression}.json"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def _read(file: Path) -> Record | None:
         record = msgspec.json.decode(file.read_bytes(), type=Record)
     except (OSError, msgspec.DecodeError):
         return None
-    return record if record.version == 1 else None
+    return record if record.version == _VERSION else None
 
 
 def _parts(path: Path) -> list[Path]:

@@ -8,16 +8,22 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import llm_os
+from llm_os.drivers.native.processor import can_compile
+from llm_os.plugins.quantize import passes
 from llm_os.plugins.quantize.passes import Quantize, remind, types
 from llm_os.plugins.quantize.records import Records
 from llm_os.plugins.quantize.report import Figures, Report, compare, shipped_texts
 from llm_os.testing import PassConformance
+
+native = pytest.mark.skipif(not can_compile(), reason="models run as native code on other processors")
 
 
 @pytest.fixture(autouse=True)
@@ -70,25 +76,44 @@ class TestInt4(_OfSmolLM2):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("int8", ["INT8_ROW_H64", "INT8_ROW", "INT8_ROW_H64", "INT8_ROW"]),
-        ("int4", ["Q4_1", "Q4_1", "INT8_ROW_H64", "INT8_ROW"]),
+        ("int8", {"a": "Q8_0", "b": "Q8_0", "output.weight": "Q8_0"}),
+        ("int4", {"a": "Q4_1", "b": "Q4_1", "output.weight": "Q8_0"}),
     ],
 )
-def test_each_matrix_gets_the_smallest_type_that_fits_its_rows(name: str, expected: list[str]) -> None:
+def test_each_matrix_whose_rows_are_whole_groups_gets_a_type(name: str, expected: dict[str, str]) -> None:
     shapes = {"a": (10, 128), "b": (10, 96), "output.weight": (10, 64), "c": (10, 33)}
-    assert list(types(shapes, name).values()) == expected
+    assert types(shapes, name) == expected
 
 
-# Of the bytes in float32: a quarter, or an eighth with scales, and the embedding as it was.
-@pytest.mark.parametrize(("name", "share"), [("int8", 0.30), ("int4", 0.23)])
+def test_a_model_that_no_type_fits_is_refused_rather_than_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "weight_matrices", lambda image: {"a": (10, 33)})
+    image: Any = SimpleNamespace(name="odd")
+    with pytest.raises(llm_os.Unsupported, match=r"odd\+int4: no matrix has rows of a multiple of 32 values"):
+        Quantize("int4", None).apply(image)
+
+
+# Of the bytes in float32: a quarter, or an eighth, with scales, and the embedding as it was.
+@pytest.mark.parametrize(("name", "share"), [("int8", 0.31), ("int4", 0.23)])
 def test_a_model_in_fewer_bits_stays_near_itself(smollm2: Path, name: str, share: float) -> None:
-    report = compare(str(smollm2), name, shipped_texts(), 80, quiet())
-    assert report.total.positions == sum(each.positions for each in report.texts.values()) == 80
+    texts = {each: text[:40] for each, text in shipped_texts().items()}
+    report = compare(str(smollm2), name, texts, 80, quiet(precision="exact"))
+    assert report.total.positions == sum(each.positions for each in report.texts.values()) > 20
     assert report.bytes_after < share * report.bytes_before
     assert report.total.perplexity_before > 10  # a small model, and texts that it has not seen
-    assert abs(report.total.increase) < 0.04
-    assert report.total.agreement > 0.88
-    assert 0 < report.total.kl < 0.03
+    assert abs(report.total.increase) < 0.02
+    assert report.total.agreement > 0.9
+    assert report.total.kl < (0.005 if name == "int8" else 1e-6)  # its file is Q4_1, and int4 leaves that as it is
+
+
+@native
+def test_in_fast_mode_it_runs_in_the_same_native_code_as_the_model_itself(smollm2: Path) -> None:
+    texts = [list(range(200, 232)), list(range(900, 932))]
+    plain, eight, four = (llm_os.score(f"{smollm2}{bits}", texts, config=quiet()) for bits in ("", "+int8", "+int4"))
+    assert four.texts == plain.texts
+    pairs = zip(chain(*plain.texts), chain(*eight.texts), strict=True)
+    differences = [abs(after.logprob - before.logprob) for before, after in pairs]
+    assert 0 < sum(differences) / len(differences) < 0.2
+    assert four.weights == plain.weights < eight.weights < 200_000_000  # with a head in float32 it would be more
 
 
 def test_the_ledger_has_the_bytes_and_an_answer_does_not_depend_on_company(smollm2: Path) -> None:
@@ -106,9 +131,9 @@ def test_the_ledger_has_the_bytes_and_an_answer_does_not_depend_on_company(smoll
         answers = [stream.result().token_ids for stream in together]
         both = kernel.memory()
     assert answers[1::2] == alone
-    assert 150 << 20 < few.weights < 190 << 20  # frames are whole
+    assert 130 << 20 < few.weights < 190 << 20  # frames are whole
     assert few.driver <= few.weights + few.kv + few.cached + few.slack
-    assert both.weights - few.weights > 500 << 20
+    assert both.weights - few.weights > 80 << 20
 
 
 def test_who_uses_a_model_without_a_kept_report_is_told_once(
@@ -127,7 +152,7 @@ def test_who_uses_a_model_without_a_kept_report_is_told_once(
     with caplog.at_level(logging.WARNING, "llm_os.plugins.quantize"):
         (line,) = open_twice("int8")
         assert line.endswith(f"llm-os quantize {model} --with int8 makes one")
-        place = records.keep(model, report_of(model))
+        records.keep(model, report_of(model))
         assert open_twice("int8") == []
         assert len(open_twice("int4")) == 1
         with model.open("ab") as file:  # another model now
@@ -136,6 +161,9 @@ def test_who_uses_a_model_without_a_kept_report_is_told_once(
         records.keep(model, report_of(model))
         assert open_twice("int8") == []
         records.forget(model, "int8")
+        assert len(open_twice("int8")) == 1
+        place = records.keep(model, report_of(model))
+        place.write_text(place.read_text().replace('"version": 2', '"version": 1'))  # of another int8
         assert len(open_twice("int8")) == 1
         place.write_text("{damaged")
         assert len(open_twice("int8")) == 1
@@ -184,7 +212,7 @@ def prune_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
 
 
 def test_the_pass_in_the_docs_changes_weights_and_goes_before_ours(smollm2: Path, prune_plugin: str) -> None:
-    both = config(plugins=("quantize", prune_plugin), options={"quantize": {"remind": False}})
+    both = quiet(plugins=("quantize", prune_plugin), precision="exact")
     name = "blk.0.ffn_down.weight"
     with closing(llm_os.open_image(f"{smollm2}+prune", both)) as image:
         weights: Any = image
@@ -195,7 +223,7 @@ def test_the_pass_in_the_docs_changes_weights_and_goes_before_ours(smollm2: Path
         llm_os.score(f"{smollm2}{passes}", texts, config=both) for passes in ("", "+prune", "+prune+int8")
     )
     assert pruned.weights == plain.weights
-    assert small.weights < 0.3 * plain.weights
+    assert small.weights < 0.31 * plain.weights
     sums = [sum(token.logprob for line in each.texts for token in line) for each in (plain, pruned, small)]
     assert sums[0] != sums[1]
     assert max(sums) - min(sums) < 0.05 * abs(sums[0])

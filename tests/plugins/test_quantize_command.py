@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 import llm_os
 from llm_os import TokenLogprob
@@ -91,6 +92,17 @@ def test_what_is_not_good_enough_is_not_kept_any_more(
     assert "the same next token in 80.0%, the limit is 85%; use more bits, or --agreement 80" in printed
     assert quantize(str(model), perplexity=8, agreement=80) == 0
     assert kept(model) is not None
+
+
+def test_who_would_save_nothing_is_told_so(
+    compared: list[Any], model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(str(model))
+    assert "takes no more as it is" not in capsys.readouterr().out
+    compare = command.compare
+    monkeypatch.setattr(command, "compare", lambda *each: structs.replace(compare(*each), bytes_after=1500))
+    quantize(str(model))
+    assert f"1,500 after (150%); at this precision {model} takes no more as it is" in capsys.readouterr().out
 
 
 def test_json_is_one_object(compared: list[Any], model: Path, capsys: pytest.CaptureFixture[str]) -> None:

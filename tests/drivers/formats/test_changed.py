@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llm_os.drivers.formats.changed import change_weights, stored, weight_matrices
+from llm_os.drivers.formats.changed import change_weights, outline, stored, weight_matrices
 from llm_os.drivers.formats.weights import WeightTensor
 from llm_os.kernel.errors import Closed, PluginError, Unsupported
 
@@ -73,17 +73,17 @@ def test_a_change_is_made_when_a_tensor_is_read_and_not_before(image):
 
 
 def test_a_matrix_comes_in_the_type_that_was_asked_for(image):
-    changed = change_weights(image, kept={DOWN: "INT8_ROW_H64"})
-    assert changed.weights.kept(DOWN) == "INT8_ROW_H64"
+    changed = change_weights(image, kept={DOWN: "Q8_0"})
+    assert changed.weights.kept(DOWN) == "Q8_0"
     tensor = changed.weights[DOWN]
-    assert (tensor.kind, tensor.data.shape) == ("INT8_ROW_H64", (64, 4 + 128))
+    assert (tensor.kind, tensor.data.shape) == ("Q8_0", (64, 4 * 34))
     assert changed.weights[NORM].kind == "F32"
 
 
 def test_a_head_that_is_the_embedding_can_be_held_apart_from_it(image):
     assert weight_matrices(image) == {DOWN: (64, 128), "output.weight": (96, 64)}
-    changed = change_weights(image, kept={"output.weight": "INT8_ROW"})
-    assert changed.weights["output.weight"].kind == "INT8_ROW"
+    changed = change_weights(image, kept={"output.weight": "Q8_0"})
+    assert changed.weights["output.weight"].kind == "Q8_0"
     assert changed.weights["token_embd.weight"].kind == "F32"
     assert "output.weight" in changed.weights
     assert "output.weight" not in image.weights
@@ -91,14 +91,29 @@ def test_a_head_that_is_the_embedding_can_be_held_apart_from_it(image):
 
 
 def test_a_type_that_an_earlier_pass_asked_for_stays_after_a_later_change(image):
-    quantized = change_weights(image, kept={DOWN: "INT8_ROW", "output.weight": "INT8_ROW"})
+    quantized = change_weights(image, kept={DOWN: "Q8_0", "output.weight": "Q8_0"})
     pruned = change_weights(quantized, lambda tensor: tensor.replaced(tensor.float32() * 0))
-    assert pruned.weights[DOWN].kind == "INT8_ROW"
+    assert pruned.weights[DOWN].kind == "Q8_0"
     assert not pruned.weights[DOWN].float32().any()
     assert not pruned.weights["output.weight"].float32().any()
     again = change_weights(pruned, kept={DOWN: "Q4_1"})
     assert again.weights[DOWN].kind == "Q4_1"
     assert stored(again.weights) is image.weights
+
+
+def test_types_and_shapes_are_known_without_the_work_of_a_pass(image, monkeypatch):
+    def outlines(changed):
+        return [outline(changed.weights, name) for name in (DOWN, "output.weight", NORM)]
+
+    kept = change_weights(image, kept={DOWN: "Q4_1", "output.weight": "Q8_0"})
+    doubled = change_weights(kept, lambda tensor: tensor.replaced(tensor.float32() * 2))
+    expected = [
+        (tensor.kind, tensor.shape) for tensor in (kept.weights[name] for name in (DOWN, "output.weight", NORM))
+    ]
+    monkeypatch.setattr(WeightTensor, "quantized", None)
+    assert outlines(kept) == outlines(doubled) == expected
+    plain = change_weights(image, lambda tensor: tensor.replaced(tensor.float32()))
+    assert outline(plain.weights, DOWN) == outline(image.weights, DOWN) == ("F32", (64, 128))
 
 
 @pytest.mark.parametrize(
@@ -118,10 +133,11 @@ def test_a_change_that_fails_names_the_model_and_the_tensor(image, change, messa
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
-        ({NORM: "INT8_ROW"}, "no matrix that can be held"),
-        ({"token_embd.weight": "INT8_ROW"}, "no matrix that can be held"),
-        ({"blk.9.attn_q.weight": "INT8_ROW"}, "no matrix that can be held"),
-        ({DOWN: "Q6_K"}, "cannot be held as Q6_K; they can as INT8_ROW, INT8_ROW_H64, Q4_1"),
+        ({NORM: "Q8_0"}, "no matrix that can be held"),
+        ({"token_embd.weight": "Q8_0"}, "no matrix that can be held"),
+        ({"blk.9.attn_q.weight": "Q8_0"}, "no matrix that can be held"),
+        ({DOWN: "Q6_K"}, "cannot be held as Q6_K; they can as Q8_0, Q4_1"),
+        ({DOWN: "INT8_ROW"}, "cannot be held as INT8_ROW; they can as Q8_0, Q4_1"),
     ],
 )
 def test_what_cannot_be_held_is_refused_at_once(image, kept, message):

@@ -10,7 +10,7 @@ import torch
 
 from llm_os.drivers.formats.image import open_image
 
-MODES = ["exact", "fast", "exact+int8", "fast+int8", "emulated+int8", "exact+int4", "fast+int4"]
+MODES = ["exact", "exact+int8", "exact+int4"]
 
 
 def alone(bench, tokens, pages):
