@@ -53,6 +53,7 @@ def probe_cpu(threads: int | None = None) -> DeviceInfo:
         threads = threads or torch.get_num_threads()
         details["torch"] = f"{torch.__version__} ({_build(torch.version.cuda, torch.version.hip)})"
         details["kernels"] = torch.backends.cpu.get_cpu_capability()
+        details["fast mode"] = _native()
     except Exception as error:  # a broken installation can fail in any way
         unavailable = f"torch cannot be imported: {' '.join(str(error).split())[:200]}"
     name, flags = _processor()
@@ -65,6 +66,13 @@ def probe_cpu(threads: int | None = None) -> DeviceInfo:
         details=details,
         unavailable=unavailable,
     )
+
+
+def _native() -> str:
+    """The instructions of fast mode, or that it has none here."""
+    from llm_os.drivers.native.processor import Processor, can_compile
+
+    return f"native code, {Processor().way}" if can_compile() else "float32 in torch: native code needs AVX2 or ARM"
 
 
 def _build(cuda: str | None, hip: str | None) -> str:

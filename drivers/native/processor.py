@@ -34,6 +34,13 @@ class Processor:
         self.features = frozenset((features or _FEATURES.get(name or "", "")).split(","))
         self.tiles = "+amx-int8" in self.features and _may_use_tiles()  # instructions for matrices of 16 rows
 
+    @property
+    def way(self) -> str:
+        """How integers are multiplied here, for people to read."""
+        if "+avx512vnni" in self.features:
+            return "AVX-512 VNNI and AMX" if self.tiles else "AVX-512 VNNI"
+        return "AVX-VNNI" if "+avxvnni" in self.features else "pairs of 16 bits"
+
     def dot(self, a: Sequence[Value], b: Sequence[Value], total: Value) -> Value:
         """`total`, 16 integers of 32 bits, plus the products of bytes 4i to 4i+3 of `a` and `b` in lane i, for each
         pair of 64 bytes. `a` is from 0 to 255, `b` from -128 to 127. Exact on every processor."""
