@@ -22,11 +22,17 @@ class MemoryWeights:
     def __init__(self, arrays: dict[str, np.ndarray], kind: str = "F32") -> None:
         self._arrays = arrays
         self._kind = kind
+        self._made: dict[str, WeightTensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
 
     def __getitem__(self, name: str) -> WeightTensor:
+        if name not in self._made:
+            self._made[name] = self._stored(name)
+        return self._made[name]
+
+    def _stored(self, name: str) -> WeightTensor:
         array = np.ascontiguousarray(self._arrays[name], np.float32)
         if array.ndim > 1 and self._kind != "F32":
             data = gguf.quants.quantize(array, gguf.GGMLQuantizationType[self._kind])

@@ -15,11 +15,11 @@ from llm_os.drivers.formats.quants import KINDS
 from llm_os.drivers.formats.weights import WeightTensor
 from llm_os.drivers.native import kernels
 from llm_os.drivers.native.kernels import Kernels, Sizes
-from llm_os.drivers.native.matrix import ROWS
 from llm_os.drivers.native.packed import PackedMatrix
 from llm_os.drivers.native.processor import Processor, can_compile
 from llm_os.drivers.native.program import FIELDS
 from llm_os.drivers.native.threads import Team
+from llm_os.drivers.native.tiles import ROWS
 
 if not can_compile():
     collect_ignore_glob = ["test_*.py"]
@@ -32,7 +32,12 @@ PLAIN: dict[str, Any] = {
     "activation": "silu",
     "kinds": ("Q4", "Q4F", "Q8"),
 }
-WAYS = {"this": None, "avxvnni": "alderlake", "pairs": "haswell"}  # of multiplying bytes; LLVM's processors that do so
+WAYS = {  # of multiplying bytes: LLVM's names of processors that do so, and what this one must have to run their code
+    "this": (None, ()),
+    "vnni": (None, ("avx512vnni",)),  # this one without its instructions for matrices
+    "avxvnni": ("alderlake", ("avxvnni", "gfni", "vaes")),
+    "pairs": ("haswell", ("avx2", "bmi2")),
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,18 +49,44 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def runs_here(name: str | None) -> bool:
-    """Whether this processor can run code for that one. False on a doubt."""
-    have = binding.get_host_cpu_features()
-    needs = {None: (), "alderlake": ("avxvnni", "gfni", "vaes"), "haswell": ("avx2", "bmi2")}[name]
-    return all(have.get(feature, False) for feature in needs)
+class Integers:
+    """Room for rounded rows, as `groups` has them."""
+
+    def __init__(self, rows: int, groups: int) -> None:
+        tiles = -(-rows // 16)
+        self._rows = rows
+        self._codes = np.full((tiles, groups, 16, 32), 99, np.int8)
+        self._terms = np.full((tiles, groups, 16, 3), 99, np.float32)
+        self.places = address(self._codes), address(self._terms)
+
+    @property
+    def codes(self) -> np.ndarray:
+        """[rows, groups, 32]"""
+        return self._by_rows(self._codes)
+
+    @property
+    def terms(self) -> np.ndarray:
+        """[rows, groups, 3]: s, s times the sum of the codes, o."""
+        return self._by_rows(self._terms)
+
+    @property
+    def values(self) -> np.ndarray:
+        """What they stand for, [rows, columns], in float64."""
+        s, _, o = self.terms.astype(np.float64).transpose(2, 0, 1)
+        return (self.codes * s[..., None] + o[..., None]).reshape(self._rows, -1)
+
+    def _by_rows(self, tiles: np.ndarray) -> np.ndarray:
+        whole = tiles.transpose(0, 2, 1, 3).reshape(-1, *tiles.shape[1::2])
+        return np.ascontiguousarray(whole[: self._rows])
 
 
 class Workbench:
     """The operations of one set of sizes, compiled for one processor."""
 
-    def __init__(self, processor: str | None, sizes: dict[str, Any]) -> None:
-        self.kernels = Kernels(Sizes(**sizes), Processor(processor))
+    def __init__(self, way: str, sizes: dict[str, Any]) -> None:
+        processor = Processor(WAYS[way][0])
+        processor.tiles = processor.tiles and way == "this"
+        self.kernels = Kernels(Sizes(**sizes), processor)
 
     def run(self, *operations: list[int], rows: int = 1, state: tuple[int, ...] = (), threads: int = 1) -> None:
         """Perform `operations`, each [code or name, items, rows of an item, fields ...], for `rows` rows; `state` is
@@ -69,12 +100,12 @@ class Workbench:
         addresses = (program.ctypes.data, len(program), counters.ctypes.data, now.ctypes.data)
         _team(threads).run(self.kernels.run, *addresses)
 
-    def rounded(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of float32 as integers [rows, groups, 32] and their terms [rows, groups, 3]."""
+    def rounded(self, x: np.ndarray) -> Integers:
+        """Rows of float32 as integers."""
         x = np.ascontiguousarray(x, np.float32)
-        codes, terms = empty_integers(*x.shape)
-        self.run(["rounding", 1, 1, *map(address, (codes, terms, x)), 0, x.shape[1] // 32], rows=len(x))
-        return codes, terms
+        found = Integers(len(x), x.shape[1] // 32)
+        self.run(["rounding", 1, 1, *found.places, address(x), 0, x.shape[1] // 32], rows=len(x))
+        return found
 
     def product(
         self,
@@ -87,7 +118,7 @@ class Workbench:
         bias: np.ndarray | None = None,
     ) -> np.ndarray:
         """[rows, the matrix's rows filled up to 16], in items of `chunk` blocks."""
-        codes, terms = self.rounded(x)
+        integers = self.rounded(x)
         width = 16 * sum(blocks for _, _, blocks in matrix.parts)
         out = np.full((len(x), width), np.nan, np.float32) if add is None else add.copy()
         start = np.zeros(width, np.float32) if bias is None else bias
@@ -95,9 +126,7 @@ class Workbench:
         for kind, packed, blocks in matrix.parts:
             places = address(packed), address(out) + 64 * done
             shape = [matrix.groups, blocks, chunk, width, int(add is not None), address(start) + 64 * done, 64]
-            operations.append(
-                [f"product_{kind}", -(-blocks // chunk), ROWS, address(codes), address(terms), *places, *shape]
-            )
+            operations.append([f"product_{kind}", -(-blocks // chunk), ROWS, *integers.places, *places, *shape])
             done += blocks
         self.run(*operations, rows=len(x), threads=threads)
         return out
@@ -105,10 +134,6 @@ class Workbench:
 
 def address(array: np.ndarray) -> int:
     return array.ctypes.data
-
-
-def empty_integers(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros((rows, columns // 32, 32), np.int8), np.zeros((rows, columns // 32, 3), np.float32)
 
 
 @cache
@@ -125,24 +150,32 @@ def teams() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def workbench() -> Callable[..., Workbench]:
-    """workbench("haswell", head_dim=80): `PLAIN` sizes but for those given. Compiled once."""
+    """workbench("pairs"), or workbench(head_dim=80) for `PLAIN` sizes but for those given, and no products. Compiled
+    once."""
     made: dict[Any, Workbench] = {}
 
-    def build(processor: str | None = None, **sizes: Any) -> Workbench:
-        if not runs_here(processor):
-            pytest.skip(f"this processor cannot run code for {processor}")
-        key = (processor, *sorted(sizes.items()))
+    def build(way: str = "this", **sizes: Any) -> Workbench:
+        have = binding.get_host_cpu_features()
+        if missing := [feature for feature in WAYS[way][1] if not have.get(feature, False)]:
+            pytest.skip(f"this processor has no {', '.join(missing)}")
+        key = (way, *sorted(sizes.items()))
         if key not in made:
-            made[key] = Workbench(processor, PLAIN | sizes)
+            made[key] = Workbench(way, PLAIN | ({"kinds": ()} if sizes else {}) | sizes)
         return made[key]
 
     return build
 
 
 @pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> str | None:
-    """The name of a processor that multiplies bytes in its own way."""
-    return WAYS[request.param]
+def way(request: pytest.FixtureRequest) -> str:
+    """A way to multiply bytes."""
+    return str(request.param)
+
+
+@pytest.fixture
+def integers() -> type[Integers]:
+    """integers(rows, groups)"""
+    return Integers
 
 
 def stored_tensor(kind: str, rows: int, columns: int, seed: int = 0) -> WeightTensor:

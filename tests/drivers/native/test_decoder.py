@@ -17,6 +17,7 @@ from llm_os.drivers.cpu import open_cpu
 from llm_os.drivers.formats.architecture import Architecture, Layer, Rope
 from llm_os.drivers.formats.changed import change_weights
 from llm_os.drivers.formats.weights import Weights, WeightTensor
+from llm_os.drivers.native import footprint
 from llm_os.drivers.native.decoder import NativeDecoder
 from llm_os.drivers.native.footprint import measure_native
 from llm_os.drivers.native.packed import fits
@@ -244,32 +245,55 @@ def test_a_neighbour_full_of_nan_is_not_noticed(architecture, weights_of, native
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_footprint_is_what_the_decoder_holds(architecture, weights_of, native, kind):
     weights = weights_of(architecture, kind=kind)
-    footprint = measure_native(architecture, weights, 64)
+    claimed = measure_native(architecture, weights, 64)
     decoder = native(architecture, weights).decoder
     arrays = [decoder._embedding, decoder._head, decoder._norm, *decoder._layers]
-    assert [each.nbytes for each in decoder._layers] == list(footprint.extents[1:-1])
-    assert sum(footprint.extents) == decoder.nbytes == sum(each.nbytes for each in arrays)
-    assert set(footprint.page_tokens) == {16, 32, 48, 64, 80, 96, 112, 128}
+    assert [each.nbytes for each in decoder._layers] == list(claimed.extents[1:-1])
+    assert sum(claimed.extents) == decoder.nbytes == sum(each.nbytes for each in arrays)
+    assert set(claimed.page_tokens) == {16, 32, 48, 64, 80, 96, 112, 128}
     kv = len(architecture.layers) * 2 * architecture.kv_heads * architecture.head_dim * 2
-    assert footprint.kv_bytes_per_token == kv
+    assert claimed.kv_bytes_per_token == kv
 
 
-def test_what_a_batch_takes_is_within_the_claim(architecture, weights_of, native):
-    """Far more tokens than a batch of a model so small would have, or the least claim would cover anything."""
-    weights = weights_of(architecture)
-    rows = 16384
+def bytes_of(held: Any) -> int:
+    """Of all arrays in it."""
+    if isinstance(held, np.ndarray):
+        return held.nbytes
+    if isinstance(held, dict):
+        held = tuple(held.values())
+    return sum(map(bytes_of, held)) if isinstance(held, tuple) else 0
+
+
+@pytest.mark.parametrize("rows", [64, 2048])
+def test_what_a_batch_takes_is_within_the_claim(architecture, weights_of, native, rows):
+    """Without the least claim, for loading, which would cover any batch of a model so small."""
     a = structs.replace(architecture, layers=architecture.layers[-1:])
-    bench = native(a, weights, 128, 128 + 1)
-    claim = measure_native(a, weights, rows).workspace
-    assert claim > 16 * (1 << 21)
-    bench.feed(([1], 0, (128,)))
-    tokens = tokens_of(a, 128)
-    batch = [(tokens, 0, (i,)) for i in range(rows // 128)]
+    weights = weights_of(a)
+    bench = native(a, weights, 64, rows // 64)
+    claim = footprint._forward(a, rows)
+    assert measure_native(a, weights, 100 * rows).workspace > claim
+    tokens = tokens_of(a, 64)
+    batch = [(tokens, 0, (i,)) for i in range(rows // 64)]
+    bench.feed(*batch, last=32)
+    buffers = bytes_of(vars(bench.decoder))
     tracemalloc.start()
     bench.feed(*batch, last=32)
+    _, passing = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert claim / 3 < buffers + passing <= claim
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_what_a_load_takes_besides_is_within_the_claim(weights_of, team, kind):
+    a = structs.replace(LLAMA, hidden=1024, intermediate=8192, vocab_size=16384, layers=LLAMA.layers[:1] * 2)
+    weights = weights_of(a, kind=kind)
+    assert all(weights[name].shape for name in weights.names())  # they are made, as those of a file are
+    claim = measure_native(a, weights, 16)
+    tracemalloc.start()
+    decoder = NativeDecoder(a, weights, team)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert claim / 3 < peak <= claim
+    assert peak - decoder.nbytes <= claim.workspace
 
 
 def image_of(a: Architecture, weights: Weights) -> Any:

@@ -40,12 +40,6 @@ def values_of(codes: np.ndarray, d: np.ndarray, m: np.ndarray) -> np.ndarray:
     return (codes * d[..., None] + m[..., None]).reshape(len(codes), -1)
 
 
-def rows_of(codes: np.ndarray, terms: np.ndarray) -> np.ndarray:
-    """What rounded rows stand for, in float64."""
-    s, _, o = terms.astype(np.float64).transpose(2, 0, 1)
-    return (codes * s[..., None] + o[..., None]).reshape(len(codes), -1)
-
-
 def activations(rows: int, columns: int = COLUMNS, seed: int = 1) -> np.ndarray:
     """Normal ones; every fifth row has one value that is far from all others, as models have them."""
     x = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
@@ -84,7 +78,7 @@ def test_a_product_is_that_of_the_packed_weights_and_the_rounded_rows(
     matrix, x = packed(tensor), activations(batch)
     out = workbench.product(matrix, x)
     codes, d, m = unpacked(matrix)
-    weights, rounded = values_of(codes, d, m), rows_of(*workbench.rounded(x))
+    weights, rounded = values_of(codes, d, m), workbench.rounded(x).values
     sizes = values_of(codes, np.abs(d), np.abs(m))  # of all that is added up, before it cancels out
     limit = 3e-7 * np.abs(rounded) @ sizes.T
     assert (np.abs(out - rounded @ weights.T) <= limit).all()
@@ -130,15 +124,15 @@ def test_a_bias_and_what_was_there_are_added(workbench, stored, packed, kind):
 )
 def test_a_rounded_row_is_within_half_a_step(workbench, way, row):
     x = row.astype(np.float32)[None]
-    codes, terms = workbench(way).rounded(x)
+    found = workbench(way).rounded(x)
     groups = x.reshape(-1, 32).astype(np.float64)
     step = (groups.max(1) - groups.min(1)) / 255
     unit = np.spacing(np.abs(groups).max(1).astype(np.float32)).astype(np.float64)
-    error = np.abs(rows_of(codes, terms).reshape(-1, 32) - groups).max(1)
+    error = np.abs(found.values.reshape(-1, 32) - groups).max(1)
     tiny = np.where(step < 1e-38, 255 * step, 0)  # too small to be divided by: one step for all
     assert (error <= 0.51 * step + 2 * unit + tiny).all()
-    sums = terms[0, :, 0].astype(np.float64) * codes[0].astype(np.float64).sum(-1)
-    np.testing.assert_allclose(terms[0, :, 1], sums, rtol=1e-6, atol=1e-44)
+    sums = found.terms[0, :, 0].astype(np.float64) * found.codes[0].astype(np.float64).sum(-1)
+    np.testing.assert_allclose(found.terms[0, :, 1], sums, rtol=1e-6, atol=1e-44)
 
 
 def whole_numbers(kind: str, rows: int, columns: int, code: int) -> WeightTensor:
@@ -165,10 +159,10 @@ def test_extreme_integers_are_multiplied_exactly(workbench, packed, way, kind, c
         np.tile([-128, -128, 127, 127], 8),
         np.r_[-128, 127, np.zeros(30)],
     ]
-    x = np.array([np.tile(pattern, 3) for pattern in patterns], np.float32)
-    codes, terms = workbench(way).rounded(x)
-    assert np.array_equal(codes.reshape(x.shape), x)
-    assert (terms[..., 0] == 1).all() and (terms[..., 2] == 0).all()
+    x = np.tile(np.array([np.tile(pattern, 3) for pattern in patterns], np.float32), (4, 1))  # 16 at a time, and some
+    found = workbench(way).rounded(x)
+    assert np.array_equal(found.codes.reshape(x.shape), x)
+    assert (found.terms[..., 0] == 1).all() and (found.terms[..., 2] == 0).all()
     out = workbench(way).product(packed(whole_numbers(kind, 16, 96, code)), x)
     weight = code - 128 if kind == "Q8_0" else code
     assert np.array_equal(out, np.repeat(weight * x.sum(1, keepdims=True), 16, axis=1))
@@ -211,8 +205,22 @@ def test_every_processor_gives_the_same_bits(workbench, small, way):
     company = np.tile(COMPANY, 3)[:, : small.columns]
     for rows in (company, company[:1], np.tile(company, (5, 1))):
         assert same_bits(workbench(way).product(small, rows), workbench().product(small, rows))
-        for mine, others in zip(workbench(way).rounded(rows[:12]), workbench().rounded(rows[:12]), strict=True):
-            assert np.array_equal(mine.view(np.uint8), others.view(np.uint8))
+        mine, others = workbench(way).rounded(rows[:12]), workbench().rounded(rows[:12])
+        assert np.array_equal(mine.codes, others.codes)
+        assert np.array_equal(mine.terms, others.terms, equal_nan=True)
+
+
+def test_many_rows_of_many_columns_are_the_same_bits_as_few(workbench, stored, packed, way):
+    """More than are worked on at a time, in every direction, and nowhere a whole number of them."""
+    kinds = ["Q4_1", "Q8_0", "Q4_0"]
+    columns = 32 * 131
+    matrix = packed(*[stored(kind, 16 * n, columns, n) for n, kind in enumerate(kinds, 1)])
+    x = activations(300, columns)
+    few = np.concatenate([workbench("pairs").product(matrix, x[at : at + 3]) for at in range(0, 300, 3)])
+    assert same_bits(workbench(way).product(matrix, x, chunk=2), few)
+    assert same_bits(workbench(way).product(matrix, x[:271], threads=3, chunk=1), few[:271])
+    there = np.ones_like(few)
+    assert same_bits(workbench(way).product(matrix, x, add=there), few + 1)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_os.drivers.native import tiles
 from llm_os.drivers.native.program import FIELDS
 from llm_os.drivers.native.threads import Team
 
@@ -18,17 +19,16 @@ ROWS, WIDTH, STEPS = 37, 128, 40
 class Work:
     """STEPS times: round rows, multiply them, add the norm of that to them. Each step needs all of the one before."""
 
-    def __init__(self, workbench: Any, matrix: Any) -> None:
+    def __init__(self, workbench: Any, matrix: Any, integers: Any) -> None:
         self._kernels = workbench.kernels
         self._x = np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32)
         self._y, self._weight = np.zeros((ROWS, WIDTH), np.float32), np.ones(WIDTH, np.float32)
         self._bias = np.zeros(WIDTH, np.float32)
-        self._codes, self._terms = np.zeros((ROWS, WIDTH), np.int8), np.zeros((ROWS, WIDTH // 32, 3), np.float32)
+        self._integers = integers(ROWS, WIDTH // 32)
         ((_, packed, blocks),) = matrix.parts
         self._packed = packed
-        x, y, weight, bias, codes, terms = (
-            each.ctypes.data for each in (self._x, self._y, self._weight, self._bias, self._codes, self._terms)
-        )
+        x, y, weight, bias = (each.ctypes.data for each in (self._x, self._y, self._weight, self._bias))
+        codes, terms = self._integers.places
         groups = WIDTH // 32
         number = self._kernels.codes
         step = [
@@ -36,7 +36,7 @@ class Work:
             [
                 number["product_Q8"],
                 blocks,
-                64,
+                tiles.ROWS,
                 codes,
                 terms,
                 packed.ctypes.data,
@@ -70,8 +70,8 @@ class Work:
 
 
 @pytest.fixture
-def work(workbench, stored, packed) -> Work:
-    return Work(workbench(), packed(stored("Q8_0", WIDTH, WIDTH)))
+def work(workbench, stored, packed, integers) -> Work:
+    return Work(workbench(), packed(stored("Q8_0", WIDTH, WIDTH)), integers)
 
 
 @pytest.fixture
@@ -135,9 +135,9 @@ def test_runs_under_load_give_the_same_bits(work, expected):
     team.close()
 
 
-def test_two_teams_at_the_same_time_do_not_mix(workbench, stored, packed, expected):
+def test_two_teams_at_the_same_time_do_not_mix(workbench, stored, packed, integers, expected):
     matrix = packed(stored("Q8_0", WIDTH, WIDTH))
-    works = [Work(workbench(), matrix) for _ in range(2)]
+    works = [Work(workbench(), matrix, integers) for _ in range(2)]
 
     def runs(work: Work) -> set[bytes]:
         team = Team(2, "test")

@@ -6,6 +6,7 @@ import ctypes
 import math
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,25 +95,24 @@ def test_activations_are_right_to_a_millionth(apply, name):
     assert np.isnan(apply(name, np.array([np.nan] * 16))).all()
 
 
-def rounded_to(codes: np.ndarray, terms: np.ndarray, expected: np.ndarray) -> None:
-    """Check that integers stand for these rows, to half a step of a group's 255."""
-    s, _, o = terms.astype(np.float64).transpose(2, 0, 1)
-    found = codes * s[..., None] + o[..., None]
+def check_rounded(integers: Any, expected: np.ndarray) -> None:
+    """That they stand for these rows, to half a step of a group's 255."""
+    found = integers.values.reshape(len(expected), -1, 32)
     groups = expected.reshape(found.shape)
     step = (groups.max(-1) - groups.min(-1))[..., None] / 255
     assert (np.abs(found - groups) <= 0.501 * step + 1e-6 * np.abs(groups).max(-1, keepdims=True)).all()
-    np.testing.assert_allclose(s, step[..., 0], rtol=1e-5)
+    np.testing.assert_allclose(integers.terms[..., 0], step[..., 0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1, 1e4])
-def test_a_norm_is_that_of_float64_in_integers(workbench, way, scale):
+def test_a_norm_is_that_of_float64_in_integers(workbench, integers, way, scale):
     workbench = workbench(way)
     x, weight = scale * normal(7, WIDTH), 1 + normal(WIDTH, seed=1)
     x[3, 40] = 300 * scale
-    codes, terms = np.zeros((7, WIDTH // 32, 32), np.int8), np.zeros((7, WIDTH // 32, 3), np.float32)
-    workbench.run(["norm", 1, 1, *map(address, (codes, terms, x, weight)), WIDTH // 32, bits(EPS)], rows=7)
+    found = integers(7, WIDTH // 32)
+    workbench.run(["norm", 1, 1, *found.places, *map(address, (x, weight)), WIDTH // 32, bits(EPS)], rows=7)
     x64 = x.astype(np.float64)
-    rounded_to(codes, terms, x64 / np.sqrt((x64**2).mean(1, keepdims=True) + EPS) * weight)
+    check_rounded(found, x64 / np.sqrt((x64**2).mean(1, keepdims=True) + EPS) * weight)
 
 
 def test_a_norm_is_added_to_other_rows(workbench, way):
@@ -125,32 +125,32 @@ def test_a_norm_is_added_to_other_rows(workbench, way):
     np.testing.assert_allclose(target, expected, rtol=1e-6, atol=2e-6)
 
 
-def test_a_row_of_zeros_stays_so_in_a_norm(workbench):
+def test_a_row_of_zeros_stays_so_in_a_norm(workbench, integers):
     x, weight = np.zeros((1, 64), np.float32), normal(64)
-    codes, terms = np.ones((1, 2, 32), np.int8), np.ones((1, 2, 3), np.float32)
-    workbench().run(["norm", 1, 1, *map(address, (codes, terms, x, weight)), 2, bits(EPS)])
-    assert not terms.any()
+    found = integers(1, 2)
+    workbench().run(["norm", 1, 1, *found.places, *map(address, (x, weight)), 2, bits(EPS)])
+    assert not found.terms.any()
 
 
 @pytest.mark.parametrize("activation", REFERENCES)
-def test_a_gate_is_that_of_float64_in_integers(workbench, activation):
+def test_a_gate_is_that_of_float64_in_integers(workbench, integers, activation):
     x = 2 * normal(6, 2 * WIDTH)
-    codes, terms = np.zeros((6, WIDTH // 32, 32), np.int8), np.zeros((6, WIDTH // 32, 3), np.float32)
-    workbench(activation=activation).run(["gate", 1, 1, *map(address, (codes, terms, x)), 0, WIDTH // 32], rows=6)
+    found = integers(6, WIDTH // 32)
+    workbench(activation=activation).run(["gate", 1, 1, *found.places, address(x), 0, WIDTH // 32], rows=6)
     gate, up = x.astype(np.float64)[:, :WIDTH], x.astype(np.float64)[:, WIDTH:]
-    rounded_to(codes, terms, REFERENCES[activation](gate) * up)
+    check_rounded(found, REFERENCES[activation](gate) * up)
 
 
 @pytest.mark.parametrize("operation", ["norm", "gate", "rounding"])
-def test_what_is_not_a_number_stays_in_its_row(workbench, operation):
+def test_what_is_not_a_number_stays_in_its_row(workbench, integers, operation):
     x = normal(4, 128)
     x[2, 5] = np.nan
     groups = 2 if operation == "gate" else 4
-    codes, terms = np.zeros((4, groups, 32), np.int8), np.zeros((4, groups, 3), np.float32)
+    found = integers(4, groups)
     weight = np.ones(128, np.float32)
-    workbench().run([operation, 1, 1, *map(address, (codes, terms, x, weight)), groups, bits(EPS)], rows=4)
-    assert np.isnan(terms[2]).all()
-    assert np.isfinite(np.delete(terms, 2, 0)).all()
+    workbench().run([operation, 1, 1, *found.places, *map(address, (x, weight)), groups, bits(EPS)], rows=4)
+    assert np.isnan(found.terms[2]).all()
+    assert np.isfinite(np.delete(found.terms, 2, 0)).all()
 
 
 class Rotated:
