@@ -27,7 +27,7 @@ class Plan:
     batches: tuple[int, ...] = (1, 4, 8, 16, 32)
     contexts: tuple[int, ...] = (128, 1024)
     prefills: tuple[int, ...] = (128, 512, 2048)
-    mixed_s: float = 15.0  # of arrivals in one probe
+    mixed_s: float = 12.0  # of arrivals in one probe
     mixed_probes: int = 4
     mixed_bound_s: float = 3.0  # the 95th percentile of latency must stay under it
     positions: int = 2560

@@ -84,7 +84,7 @@ def prefills(bench: Bench) -> None:
     """From the prompt to its first token, in a process that is warm; the shortest one as that time."""
     shortest = min(bench.plan.prefills)
     for number in range(bench.plan.rounds + 1):
-        for tokens in bench.plan.prefills:
+        for tokens in bench.plan.prefills if number else [shortest]:
             measure = "first token of 128" if tokens == shortest else prefill_of(tokens)
             for peer in bench.turn(number):
                 with bench.doing(f"{measure}, {peer.name}"):
@@ -98,15 +98,18 @@ def prefills(bench: Bench) -> None:
 
 
 def decodes(bench: Bench) -> None:
-    """Each context's prompts stay the same, so that engines find them computed after the first round."""
+    """Each context's prompts stay the same, so that engines find them computed after the first round. The long context
+    takes most of a run: fewer tokens and a round less."""
     for context in bench.plan.contexts:
         prompts = [bench.prompts.fresh(context) for _ in range(max(bench.plan.batches))]
-        for number in range(bench.plan.rounds):
+        long = context > min(bench.plan.contexts)
+        for number in range(max(1, bench.plan.rounds - long)):
             for batch in bench.plan.batches:
+                tokens = TOKENS[batch] // (2 if long else 1)
                 measure = decode_of(batch, context)
                 for peer in bench.turn(number):
                     with bench.doing(f"{measure}, {peer.name}"):
-                        found = bench.ask(peer, measure, "decode", prompts=prompts[:batch], tokens=TOKENS[batch])
+                        found = bench.ask(peer, measure, "decode", prompts=prompts[:batch], tokens=tokens)
                     if found is not None:
                         bench.results.add(measure, "tokens/s", peer.name, found["tokens"] / found["seconds"])
 
