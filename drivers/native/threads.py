@@ -4,35 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
+class _Call:
+    """What one of the others is asked to do, unless it comes too late."""
+
+    __slots__ = ("arguments", "begun", "ended", "function")
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self.function, self.arguments = function, arguments
+        self.begun, self.ended = Lock(), Lock()  # taken when it begins, or when nobody needs it any more
+        self.ended.acquire()
+
+    def perform(self) -> None:
+        if self.begun.acquire(blocking=False):
+            try:
+                self.function(*self.arguments)
+            finally:
+                self.ended.release()
+
+    def wait(self) -> None:
+        if not self.begun.acquire(blocking=False):
+            self.ended.acquire()
+
+
 class Team:
     """The caller's thread and `count - 1` others, which wait for work without using the processor."""
 
     def __init__(self, count: int, name: str) -> None:
-        self._others = count - 1
-        self._pool = ThreadPoolExecutor(self._others, name) if self._others else None
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._others = [Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(1, count)]
+        for thread in self._others:
+            thread.start()
 
     def map(self, function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
         """The results in order, of as many calls at a time as there are threads. Raises what one of them raises."""
-        with ThreadPoolExecutor(self._others + 1) as pool:
+        with ThreadPoolExecutor(len(self._others) + 1) as pool:
             return list(pool.map(function, items))
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Returns when all have come back. The function must not need them all: a thread may come late."""
-        if self._pool is None:
-            function(*arguments)
-            return
-        others = [self._pool.submit(function, *arguments) for _ in range(self._others)]
+        """Returns when all have come back. The function must not need them all: a thread may come late, or never.
+
+        It must not raise: compiled code does not."""
+        calls = [_Call(function, arguments) for _ in self._others]
+        for call in calls:
+            self._calls.put(call)
         function(*arguments)
-        for other in others:
-            if not other.cancel():
-                other.result()
+        for call in calls:
+            call.wait()
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        for _ in self._others:
+            self._calls.put(None)
+        for thread in self._others:
+            thread.join()
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call.perform()
