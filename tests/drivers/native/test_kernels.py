@@ -1,4 +1,4 @@
-"""Compiled code is kept for the next run, and only what this user left there unharmed is run."""
+"""Compiled code is kept for the next run, and only what is ours is run."""
 
 from __future__ import annotations
 
@@ -13,84 +13,73 @@ from llm_os.drivers.native.processor import Processor
 SIZES = Sizes(head_dim=16, group=1, rope_dims=(), qk_norm=False, activation="silu", kinds=())
 
 
-class Compiler:
-    """Counts what is compiled. What comes of it is the same every time, so it is done once."""
-
-    made: dict[Sizes, bytes] = {}
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        compile = kernels._compile
-
-        def counted(sizes: Sizes, processor: Processor) -> bytes:
-            self.count += 1
-            if sizes not in self.made:
-                self.made[sizes] = compile(sizes, processor)
-            return self.made[sizes]
-
-        monkeypatch.setattr(kernels, "_compile", counted)
-
-    def open(self, sizes: Sizes = SIZES) -> int:
-        """How much had to be compiled for these sizes."""
-        before = self.count
-        assert Kernels(sizes, Processor()).run
-        return self.count - before
-
-
 @pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
-    monkeypatch.setattr(kernels, "home", lambda kind: tmp_path / kind)
-    return Compiler(monkeypatch)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLM_OS_HOME", str(tmp_path))
+    return tmp_path / "native"
 
 
-@pytest.fixture
-def file(compiler: Compiler, tmp_path: Path) -> Path:
-    """What is kept for SIZES."""
-    assert compiler.open() == 1
-    (kept,) = (tmp_path / "cache" / "native").iterdir()
-    return kept
+@pytest.fixture(scope="module")
+def code() -> bytes:
+    return kernels._compile(SIZES, Processor())
 
 
-def test_what_was_compiled_is_read_again(compiler, file):
-    assert compiler.open() == 0
+@pytest.fixture(autouse=True)
+def compiled(code: bytes, monkeypatch: pytest.MonkeyPatch) -> list[Sizes]:
+    """The sizes that were compiled: really only once, which takes a second."""
+    sizes: list[Sizes] = []
+    monkeypatch.setattr(kernels, "_compile", lambda each, processor: (sizes.append(each), code)[1])
+    return sizes
 
 
-def test_other_sizes_and_other_processors_have_code_of_their_own(compiler, file):
-    assert compiler.open(Sizes(head_dim=32, group=1, rope_dims=(), qk_norm=False, activation="silu", kinds=())) == 1
-    assert compiler.open(Sizes(head_dim=16, group=1, rope_dims=(), qk_norm=True, activation="silu", kinds=())) == 1
-    keys = {kernels._key(SIZES, Processor(name)) for name in (None, "haswell", "alderlake")}
-    assert len(keys) == 3
+def test_a_second_run_reads_what_the_first_has_compiled(folder: Path, compiled: list[Sizes]) -> None:
+    first, second = Kernels(SIZES, Processor()), Kernels(SIZES, Processor())
+    assert len(compiled) == 1
+    assert second.codes == first.codes
+    (file,) = folder.iterdir()
+    assert folder.stat().st_mode & 0o077 == 0
+    assert file.stat().st_mode & 0o077 == 0
 
 
-def test_code_that_was_damaged_is_not_run(compiler, file):
+@pytest.mark.parametrize("damage", [b"", b"\x7fELF", b"x" * 5000])
+def test_a_damaged_file_is_compiled_again_and_replaced(folder: Path, compiled: list[Sizes], damage: bytes) -> None:
+    Kernels(SIZES, Processor())
+    (file,) = folder.iterdir()
     whole = file.read_bytes()
-    for damaged in (whole[:-1], whole[:100], b"", whole[:500] + b"\0" + whole[501:]):
-        file.write_bytes(damaged)
-        assert compiler.open() == (damaged != whole)
-        assert file.read_bytes() == whole
+    file.write_bytes(damage)
+    Kernels(SIZES, Processor())
+    assert len(compiled) == 2
+    assert file.read_bytes() == whole
 
 
-@pytest.mark.parametrize("mode", [0o666, 0o660, 0o602])
-def test_code_that_others_could_have_written_is_not_run(compiler, file, mode):
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_file_that_others_can_write_is_not_run(folder: Path, compiled: list[Sizes], mode: int) -> None:
+    Kernels(SIZES, Processor())
+    (file,) = folder.iterdir()
     file.chmod(mode)
-    assert compiler.open() == 1
-    assert compiler.open() == 0  # written anew, for nobody else
+    Kernels(SIZES, Processor())
+    assert len(compiled) == 2
+    assert file.stat().st_mode & 0o077 == 0
 
 
-def test_code_of_another_user_is_not_run(compiler, file, monkeypatch):
-    monkeypatch.setattr(kernels.os, "getuid", lambda: 12345)
-    assert compiler.open() == 1
+def test_code_for_another_processor_or_other_sizes_is_not_taken(folder: Path, compiled: list[Sizes]) -> None:
+    Kernels(SIZES, Processor())
+    Kernels(SIZES, Processor("haswell"))
+    Kernels(Sizes(head_dim=32, group=1, rope_dims=(), qk_norm=False, activation="silu", kinds=()), Processor())
+    assert len(compiled) == 3
+    assert len(list(folder.iterdir())) == 3
 
 
-def test_nothing_is_kept_where_nothing_can_be(compiler, tmp_path):
-    (tmp_path / "cache").write_text("no folder")
-    assert compiler.open() == 1
-    assert compiler.open() == 1
+def test_where_nothing_can_be_kept_code_is_compiled_each_time(folder: Path, compiled: list[Sizes]) -> None:
+    folder.write_text("a file, where a folder should be")
+    Kernels(SIZES, Processor())
+    Kernels(SIZES, Processor())
+    assert len(compiled) == 2
 
 
-def test_old_code_goes(compiler, file, monkeypatch):
-    monkeypatch.setattr(kernels, "_KEPT", 3)
-    for head_dim in (32, 48, 64, 80):
-        compiler.open(Sizes(head_dim=head_dim, group=1, rope_dims=(), qk_norm=False, activation="silu", kinds=()))
-    assert len(list(file.parent.iterdir())) == 3
-    assert compiler.open() == 1
+def test_only_the_latest_files_stay(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    for number in range(40):
+        (folder / f"{number}.o").write_bytes(b"old")
+    Kernels(SIZES, Processor())
+    assert len(list(folder.iterdir())) == kernels._KEPT
