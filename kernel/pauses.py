@@ -67,9 +67,9 @@ class Pauses:
 
     def stop(self, process: Process) -> None:
         process.state = State.BLOCKED
-        process.guesser = None  # what it remembers may be megabytes; it is told all again
         self._scheduler.withdraw(process)
         self._residency.models[process.request.model].blocked += 1
+        process.guesser = None  # what it remembers may be megabytes; it is told all again
 
     def unblock(self, event: ev.Unblock) -> None:
         if self._table.sessions.defer(event):

@@ -14,7 +14,7 @@ from llm_os.drivers.plugin import register_drivers
 from llm_os.kernel.driver import DriverProbe
 from llm_os.kernel.plugins import Plugins
 from llm_os.testing import DriverConformance
-from llm_os.testing.drivers import GREEDY, PROMPT, Bench, decoded
+from llm_os.testing.bench import GREEDY, PROMPT, Bench, decoded
 
 PROBES: dict[str, DriverProbe] = {}
 register_drivers(lambda name, factory, probe: PROBES.__setitem__(name, probe))
