@@ -25,12 +25,9 @@ class Engine:
 
     def load(self, model: str, threads: int, sequences: int, context: int) -> None:
         self._model, self._threads = model, threads
-        self._kernel = llm_os.Kernel(self._config(threads))
+        speculation: Literal["auto", "off"] = "auto" if self.speculation else "off"
+        self._kernel = llm_os.Kernel(llm_os.Config(driver="cpu", threads=threads, speculation=speculation))
         asyncio.run(self._kernel.load(model))
-
-    def _config(self, threads: int) -> llm_os.Config:
-        options = {} if self.speculation or not speculates() else {"speculation": "off"}
-        return llm_os.Config(driver="cpu", threads=threads, **options)
 
     def prefill(self, prompt: list[int]) -> float:
         began = time.perf_counter()
@@ -84,6 +81,5 @@ class Engine:
 
 
 def speculates() -> bool:
-    """Whether guesses of what comes next are made here."""
-    known = "speculation" in llm_os.Config.__struct_fields__
-    return known and any("register_drafters" in each.hooks for each in llm_os.enabled_plugins())
+    """Whether an enabled plugin guesses what comes next."""
+    return any("register_drafters" in each.hooks for each in llm_os.enabled_plugins())
