@@ -179,8 +179,11 @@ def plot(found: Path, results: Results) -> Path | None:
     try:
         python = environments.python_of(environments.PLOT)
         command = [str(python), str(environments.HERE / "plot.py"), str(found), str(picture)]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     except (environments.Unavailable, OSError, subprocess.SubprocessError) as error:
         results.miss("plot", "matplotlib", str(error))
+        return None
+    if done.returncode:
+        results.miss("plot", "matplotlib", done.stderr.strip().rpartition("\n")[2])
         return None
     return picture
