@@ -137,10 +137,9 @@ def distances(a: Architecture, exact: Any, quick: Any) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_logits_are_near_those_of_the_exact_decoder(architecture, weights_of, bench, native, kind):
+def test_logits_are_near_those_of_the_exact_decoder(architecture, weights_of, bench, native):
     """Random layers make any error larger; those of a model that has been trained do not."""
-    weights = weights_of(architecture, kind=kind)
+    weights = weights_of(architecture)
     found = distances(architecture, bench(architecture, weights), native(architecture, weights))
     assert found.mean() < 0.06
 
@@ -285,7 +284,7 @@ def test_what_a_batch_takes_is_within_the_claim(architecture, weights_of, native
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_what_a_load_takes_besides_is_within_the_claim(weights_of, team, kind):
-    a = structs.replace(LLAMA, hidden=1024, intermediate=8192, vocab_size=16384, layers=LLAMA.layers[:1] * 2)
+    a = structs.replace(LLAMA, hidden=512, intermediate=4096, vocab_size=16384, layers=LLAMA.layers[:1] * 2)
     weights = weights_of(a, kind=kind)
     assert all(weights[name].shape for name in weights.names())  # they are made, as those of a file are
     claim = measure_native(a, weights, 16)

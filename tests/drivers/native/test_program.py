@@ -98,13 +98,42 @@ def test_every_run_of_any_number_of_threads_gives_the_same_bits(work, expected, 
 
 def test_threads_that_never_come_are_not_missed(work, expected):
     team = Team(4, "test")
-    gate = threading.Event()
-    busy = [team._pool.submit(gate.wait, 60) for _ in range(3)]  # all helpers have something else to do
+    here, gate = threading.Barrier(5), threading.Event()
+
+    def hold() -> None:
+        here.wait(60)
+        assert gate.wait(60)
+
+    other = threading.Thread(target=team.run, args=(hold,))
+    other.start()
+    here.wait(60)  # all helpers have something else to do
     team.run(*work.begin())
     assert work.result() == expected
     gate.set()
-    assert all(each.result() for each in busy)
+    other.join()
+    team.run(*work.begin())
+    assert work.result() == expected
     team.close()
+
+
+def test_helpers_that_come_late_leave_finished_work_alone(work, expected):
+    """Whoever is held up finds what was asked of it withdrawn: the memory may be somebody else's by then."""
+    team = Team(2, "test")
+    here, gate, calls = threading.Barrier(3), threading.Event(), []
+
+    def hold() -> None:
+        here.wait(60)
+        assert gate.wait(60)
+
+    other = threading.Thread(target=team.run, args=(hold,))
+    other.start()
+    here.wait(60)
+    team.run(lambda: calls.append(threading.current_thread()))
+    gate.set()
+    other.join()
+    team.run(*work.begin())
+    team.close()
+    assert calls == [threading.current_thread()]
 
 
 def test_a_thread_that_comes_when_all_is_done_does_nothing(work, expected):
