@@ -68,7 +68,7 @@ class Faults:
         if model is holder:
             return True
         urgency = self._scheduler.urgency(needy, now)
-        if self._nice(model) >= urgency:
+        if self._nice(model, now) >= urgency:
             ends = self._residency.slice_ends(holder, model)
             if holder.fixed or order[0] > urgency:
                 return False
@@ -80,10 +80,10 @@ class Faults:
             self.displace(holder, now)
         return True
 
-    def _nice(self, model: Model) -> int:
-        """The best nice of those who want it."""
-        by_call = [0] if model.load_tickets else []
-        return min([*self._scheduler.nices(model.name), *by_call])
+    def _nice(self, model: Model, now: float) -> int:
+        """The nice of the one who would be admitted with it: nobody passes the first, whatever his nice."""
+        first = self._scheduler.first(model.name, now)
+        return min([*([first[1].nice] if first else []), *([0] if model.load_tickets else [])])
 
     def _wait(self, until: float) -> None:
         self._waits = True
@@ -144,14 +144,14 @@ class Faults:
         if idle is not None:
             self._residency.evict(idle)
             return True
-        victim = self._displaceable(model, order, self._nice(model), now)
+        victim = self._displaceable(model, order, self._nice(model, now), now)
         if victim is not None:
             self.displace(victim, now)
         return victim is not None
 
     def _holder(self, model: Model, now: float) -> Process | None:
         """Whose pages go for it."""
-        return self._scheduler.last_idle() or self._scheduler.last_active(self._nice(model), now)
+        return self._scheduler.last_idle() or self._scheduler.last_active(self._nice(model, now), now)
 
     def _displaceable(self, newcomer: Model, order: Order, nice: int, now: float) -> Model | None:
         """A model all of whose processes are of a later class than `nice`, or that has had its slice and none of whose

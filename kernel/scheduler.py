@@ -186,10 +186,6 @@ class Scheduler:
                     found = order, head
         return found
 
-    def nices(self, model: str) -> Iterable[int]:
-        """The nice of those who wait with this model."""
-        return self._queues.get(model, {}).keys()
-
     def standing(self, model: str, now: float) -> tuple[int, float] | None:
         """The best class of all who run or wait with this model, and the least share in it; None if nobody does."""
         share = self._accounting.share
