@@ -18,6 +18,7 @@ from llm_os.drivers.native.groups import GROUP, GROUP_BYTES, Kind
 from llm_os.drivers.native.machine import LANES
 from llm_os.drivers.torch.decoder import layer_matrices
 from llm_os.drivers.torch.embedding import EMBEDDING
+from llm_os.drivers.torch.page_cache import leave
 
 PART_VALUES = 1 << 17  # packed at a time by one thread while loading; they take up to 17 bytes each
 Bytes = NDArray[np.uint8]
@@ -72,6 +73,7 @@ class PackedMatrix:
                 low = packed_bytes(kind, start, columns)
                 pack(part, tensor.kind, columns, out[low : low + packed_bytes(kind, len(part), columns)])
             self.parts.append((kind, out, -(-rows // LANES)))
+            leave(tensor.data)
         self.groups = columns // GROUP
         self.columns = columns
 

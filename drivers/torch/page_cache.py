@@ -1,4 +1,4 @@
-"""Brings weights from disk into the system's file cache. Knows mapped files, no device and no tensors' meaning."""
+"""Brings weights from disk into the system's file cache, and lets them go. Knows mapped files, no device and no tensors' meaning."""
 
 from __future__ import annotations
 
@@ -24,6 +24,18 @@ def warm(weights: Weights) -> None:
             mapping.madvise(mmap.MADV_WILLNEED)  # reads ahead in large pieces what the loop then waits for
         if len(data):
             data[:: mmap.PAGESIZE].max()
+
+
+def leave(data: NDArray[np.uint8]) -> None:
+    """These bytes of a mapped file have been read: the process need not hold them any more. The cache still does."""
+    mapping = _mapping(data)
+    if mapping is None or not hasattr(mmap, "MADV_DONTNEED") or not data.flags.c_contiguous:
+        return
+    begin = data.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+    start = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: what else lies there may be read next
+    stop = (begin + data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < stop:
+        mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 def _mapping(data: NDArray[np.uint8]) -> mmap.mmap | None:
