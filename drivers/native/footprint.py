@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from llm_os.drivers.formats.architecture import Architecture
 from llm_os.drivers.formats.changed import outline
 from llm_os.drivers.formats.quants import held_row_bytes
@@ -24,7 +26,7 @@ def measure_native(a: Architecture, weights: Weights, batch_tokens: int) -> Foot
         vectors += 4 * (a.heads + 2 * a.kv_heads) * a.head_dim
     embedding = 0 if shares_embedding(a, weights) else weights[EMBEDDING].data.nbytes
     layers = [layer_matrices(weights, index).values() for index in range(len(a.layers))]
-    made = max(_made(weights, name) for layer in layers for names in layer for name in names)
+    made = max(_made(weights, name) for names in ([head_of(a)], *chain(*layers)) for name in names)
     return Footprint(
         extents=(
             embedding,

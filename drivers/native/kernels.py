@@ -100,8 +100,8 @@ def _compile(sizes: Sizes, processor: Processor) -> bytes:
 
 def _key(sizes: Sizes, processor: Processor) -> str:
     digest = hashlib.sha256(f"{sizes} {processor.identity}".encode())
-    for source in _SOURCES:
-        digest.update(Path(source.__file__ or "").read_bytes())
+    for file in (__file__, *(source.__file__ for source in _SOURCES)):
+        digest.update(Path(file or "").read_bytes())
     return digest.hexdigest()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,10 @@ WAYS = {  # of multiplying bytes: LLVM's names of processors that do so, and wha
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is compiled here is not kept for the user."""
-    folder: Path = tmp_path_factory.mktemp("compiled")
+def nothing_is_left_in_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder, home = tmp_path_factory.mktemp("compiled"), kernels.home
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "home", lambda kind: folder)
+        patch.setattr(kernels, "home", lambda kind: home(kind) if "LLM_OS_HOME" in os.environ else folder)
         yield
 
 
