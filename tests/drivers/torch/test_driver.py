@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,15 @@ def test_the_footprint_is_what_a_load_really_holds(image, hold, precision, bits)
     driver.release("m").result()
     assert (driver.memory().weights, driver.memory().kv) == (0, 0)
     driver.close()
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_the_workspace_has_room_for_a_matrix_as_a_pass_made_it(image, hold, precision):
+    with closing(open_cpu(Config(precision=precision))) as driver:
+        plain = driver.footprint(image, 64)
+        image.weights = hold(image.hyperparameters, image.weights, "int8")
+        held = [image.weights[name].data.nbytes for name in image.weights.names() if image.weights.kept(name)]
+        assert driver.footprint(image, 64).workspace - plain.workspace >= max(held, default=0)
 
 
 def test_only_rows_that_sample_answer(driver, image):
