@@ -197,21 +197,27 @@ class _Gguf:
         listed: list[str] | None = self._array("merges", str, None)
         if listed is None:
             self._fail("merges", "is missing")
-        merges: dict[tuple[str, str], None] = {}  # of two equal merges the first counts
-        for index, merge in enumerate(listed):
-            at = merge.find(" ", 1)
-            left, right = merge[:at], merge[at + 1 :]
-            if at < 0 or left not in ids or right not in ids or left + right not in ids:
-                self._fail(f"merges[{index}]", f"is {merge[:80]!r}; its two parts and their union must be tokens")
-            merges.setdefault((left, right))
+        pairs = [(merge[: (at := merge.find(" ", 1))], merge[at + 1 :]) for merge in listed]
+        merges = list(dict.fromkeys(pairs))  # of two equal merges the first counts
         try:
-            library = Library(models.BPE(vocab=ids, merges=list(merges), ignore_merges=pre.ignore_merges))
+            library = Library(models.BPE(vocab=ids, merges=merges, ignore_merges=pre.ignore_merges))
         except Exception as error:
+            self._check_merges(listed, ids)
             self._fail("tokens", f"cannot be used: {str(error).splitlines()[0]}")
+        if any(" " not in merge[1:] for merge in listed):
+            self._check_merges(listed, ids)
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         library.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
         return library
+
+    def _check_merges(self, merges: list[str], ids: dict[str, int]) -> None:
+        """Raises FormatError for the first that is wrong, which the library does not name."""
+        for index, merge in enumerate(merges):
+            at = merge.find(" ", 1)
+            left, right = merge[:at], merge[at + 1 :]
+            if at < 0 or left not in ids or right not in ids or left + right not in ids:
+                self._fail(f"merges[{index}]", f"is {merge[:80]!r}; its two parts and their union must be tokens")
 
     def _finders(self, vocabulary: Vocabulary) -> tuple[SpecialTokens, SpecialTokens]:
         """What is recognised in chat text, and in raw text. phi-3's tokens swallow the white space after them."""

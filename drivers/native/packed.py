@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -83,9 +84,8 @@ class PackedMatrix:
 
 
 def _aligned(size: int) -> Bytes:
-    whole = np.empty(size + 64, np.uint8)
-    start = -whole.ctypes.data % 64
-    return whole[start : start + size]
+    """Memory of its own, which goes back to the system as soon as nobody holds it: an allocator may keep it."""
+    return np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8, size)
 
 
 class PackedEmbedding:

@@ -1,4 +1,5 @@
-"""Brings weights from disk into the system's file cache, and lets them go. Knows mapped files, no device and no tensors' meaning."""
+"""Brings weights from disk into the system's file cache, and lets go of them. Knows mapped files, no device and no
+tensors' meaning."""
 
 from __future__ import annotations
 
