@@ -85,7 +85,8 @@ class PackedMatrix:
 
 def _aligned(size: int) -> Bytes:
     """Memory of its own, which goes back to the system as soon as nobody holds it: an allocator may keep it."""
-    return np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8, size)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return np.frombuffer(mmap.mmap(-1, max(1, size), flags=flags), np.uint8, size)
 
 
 class PackedEmbedding:
