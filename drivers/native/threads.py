@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -43,10 +43,26 @@ class Team:
         for thread in self._others:
             thread.start()
 
-    def map(self, function: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+    def map(self, function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
         """The results in order, of as many calls at a time as there are threads. Raises what one of them raises."""
-        with ThreadPoolExecutor(len(self._others) + 1) as pool:
-            return list(pool.map(function, items))
+        results: list[Future[_R]] = [Future() for _ in items]
+        left = iter(zip(items, results, strict=True))
+        taking = Lock()
+
+        def work() -> None:
+            while True:
+                with taking:
+                    item, result = next(left, (None, None))
+                if result is None:
+                    return
+                try:
+                    result.set_result(function(cast(_T, item)))
+                except BaseException as error:
+                    result.set_exception(error)
+                    del error
+
+        self.run(work)
+        return [result.result() for result in results]
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Returns when all have come back. The function must not need them all: a thread may come late, or never.
