@@ -24,10 +24,10 @@ from llm_os.drivers.native.attention import TILE
 from llm_os.drivers.native.groups import GROUP
 from llm_os.drivers.native.kernels import Sizes, load_kernels
 from llm_os.drivers.native.machine import LANES
+from llm_os.drivers.native.matrix import ROWS
 from llm_os.drivers.native.packed import Floats, PackedEmbedding, PackedMatrix, head_of, shares_embedding
 from llm_os.drivers.native.program import FIELDS
 from llm_os.drivers.native.threads import Team
-from llm_os.drivers.native.tiles import ROWS
 from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import layer_matrices
 from llm_os.drivers.torch.embedding import EMBEDDING, FileEmbedding

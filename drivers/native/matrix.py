@@ -15,11 +15,11 @@ from llm_os.drivers.native.groups import (
     add_products,
     row_at,
 )
-from llm_os.drivers.native.machine import F32, I64, LANES, PTR, Function, Value, Variable, vector
+from llm_os.drivers.native.machine import F32, I64, LANES, PTR, Function, Variable, vector
 from llm_os.drivers.native.processor import Processor
-from llm_os.drivers.native.tiles import ROWS, begin_tiles, end_tiles, finish, write_tiles
 
 _TILES = (8, 4, 2, 1)  # activation rows that share one reading of a block
+ROWS = 64  # activation rows of one item of work
 _FLOATS = vector(F32)
 
 
@@ -31,7 +31,6 @@ def write_product(module: ir.Module, processor: Processor, kind: Kind) -> Functi
     State: 0 rows.
     """
     tiles = {rows: _write_tile(module, processor, kind, rows) for rows in _TILES}
-    large = write_tiles(module, processor, kind) if processor.tiles else None
     f = Function(module, f"product_{kind}", [PTR, I64, PTR])
     op, item, state = f.arguments
     codes, terms, weights, out = (op.field(i, PTR) for i in range(3, 7))
@@ -41,44 +40,32 @@ def write_product(module: ir.Module, processor: Processor, kind: Kind) -> Functi
     chunks = op.field(1, I64)
     first, start = item % chunks * chunk, item // chunks * ROWS
     stop = f.minimum(start + ROWS, rows)
-    if large is not None:
-        begin_tiles(f)
     with f.loop(first, f.minimum(first + chunk, blocks)) as block:
         row = Variable(start)
 
-        def multiply(tile: Function, at: Value, count: Value) -> None:
-            f.call(
-                tile.raw,
-                weights.at(block * groups, GROUP_BYTES[kind]),
-                *row_at(codes, terms, groups, at),
-                out.at(at * width, 4).at(block, 4 * LANES),
-                bias.at(block * bias_step),
-                groups,
-                width,
-                adds,
-                count,
-            )
-            row.set(at + count)
-
-        if large is not None:
-            whole = (stop - start) // LANES * LANES
-            with f.when(whole > 0):
-                multiply(large, start, whole)
         for count in _TILES:
             with f.forever() as leave_if:
                 at = row.get()
                 leave_if(at + count > stop)
-                multiply(tiles[count], at, f.constant(count, I64))
-    if large is not None:
-        end_tiles(f)
+                f.call(
+                    tiles[count].raw,
+                    weights.at(block * groups, GROUP_BYTES[kind]),
+                    *row_at(codes, terms, groups, at),
+                    out.at(at * width, 4).at(block, 4 * LANES),
+                    bias.at(block * bias_step),
+                    groups,
+                    width,
+                    adds,
+                )
+                row.set(at + count)
     f.end()
     return f
 
 
 def _write_tile(module: ir.Module, processor: Processor, kind: Kind, rows: int) -> Function:
     """One block times `rows` rows."""
-    f = Function(module, f"tile_{kind}_{rows}", [PTR] * 5 + [I64] * 4)
-    block, codes, terms, out, bias, groups, width, adds, _ = f.arguments
+    f = Function(module, f"tile_{kind}_{rows}", [PTR] * 5 + [I64] * 3)
+    block, codes, terms, out, bias, groups, width, adds = f.arguments
     totals = [Variable(bias.load(_FLOATS)) for _ in range(rows)]
     with f.loop(0, groups) as group:
         weights = WeightGroup(processor, block.at(group, GROUP_BYTES[kind]), kind)
@@ -86,6 +73,11 @@ def _write_tile(module: ir.Module, processor: Processor, kind: Kind, rows: int) 
             products = weights.dot(codes.at(group, CODES_BYTES).at(GROUP * i))
             place = terms.at(group, TERMS_BYTES).at(TERM_BYTES * i)
             add_products(total, products, weights.d, weights.m, weights.sums, place)
-    finish(totals, out, width, adds)
+    places = [out.at(width * i, 4) for i in range(rows)]
+    with f.when(adds > 0):
+        for total, place in zip(totals, places, strict=True):
+            total.set(total.get() + place.load(_FLOATS))
+    for total, place in zip(totals, places, strict=True):
+        place.store(total.get())
     f.end()
     return f

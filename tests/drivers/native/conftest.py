@@ -15,11 +15,11 @@ from llm_os.drivers.formats.quants import KINDS
 from llm_os.drivers.formats.weights import WeightTensor
 from llm_os.drivers.native import kernels
 from llm_os.drivers.native.kernels import Kernels, Sizes
+from llm_os.drivers.native.matrix import ROWS
 from llm_os.drivers.native.packed import PackedMatrix
 from llm_os.drivers.native.processor import Processor, can_compile
 from llm_os.drivers.native.program import FIELDS
 from llm_os.drivers.native.threads import Team
-from llm_os.drivers.native.tiles import ROWS
 
 if not can_compile():
     collect_ignore_glob = ["test_*.py"]
@@ -34,7 +34,6 @@ PLAIN: dict[str, Any] = {
 }
 WAYS = {  # of multiplying bytes: LLVM's names of processors that do so, and what this one must have to run their code
     "this": (None, ()),
-    "vnni": (None, ("avx512vnni",)),  # this one without its instructions for matrices
     "avxvnni": ("alderlake", ("avxvnni", "gfni", "vaes")),
     "pairs": ("haswell", ("avx2", "bmi2")),
 }
@@ -83,9 +82,7 @@ class Workbench:
     """The operations of one set of sizes, compiled for one processor."""
 
     def __init__(self, way: str, sizes: dict[str, Any]) -> None:
-        processor = Processor(WAYS[way][0])
-        processor.tiles = processor.tiles and way == "this"
-        self.kernels = Kernels(Sizes(**sizes), processor)
+        self.kernels = Kernels(Sizes(**sizes), Processor(WAYS[way][0]))
 
     def run(self, *operations: list[int], rows: int = 1, state: tuple[int, ...] = (), threads: int = 1) -> None:
         """Perform `operations`, each [code or name, items, rows of an item, fields ...], for `rows` rows; `state` is

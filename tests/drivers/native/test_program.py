@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm_os.drivers.native import tiles
 from llm_os.drivers.native.program import FIELDS
 from llm_os.drivers.native.threads import Team
 
@@ -36,7 +35,7 @@ class Work:
             [
                 number["product_Q8"],
                 blocks,
-                tiles.ROWS,
+                matrix.ROWS,
                 codes,
                 terms,
                 packed.ctypes.data,
