@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_os.drivers.native.matrix import ROWS as TOGETHER
 from llm_os.drivers.native.program import FIELDS
 from llm_os.drivers.native.threads import Team
 
@@ -35,7 +36,7 @@ class Work:
             [
                 number["product_Q8"],
                 blocks,
-                matrix.ROWS,
+                TOGETHER,
                 codes,
                 terms,
                 packed.ctypes.data,
