@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from threading import Lock
 from typing import Any, cast
 
 from msgspec import structs
@@ -85,6 +86,7 @@ class ChangedWeights:
         """`head` is the tensor that the model's head is: its embedding, where it shares that."""
         self.below = below
         self._change = change
+        self._alone = Lock()
         self._kept = kept
         self.head = head
         self._model = model
@@ -105,7 +107,8 @@ class ChangedWeights:
 
     def _changed(self, change: Change, tensor: WeightTensor) -> WeightTensor:
         try:
-            changed = change(tensor)
+            with self._alone:  # a driver may read on several threads; a pass is called by one at a time
+                changed = change(tensor)
         except (Error, MemoryError):
             raise
         except Exception as error:

@@ -172,6 +172,7 @@ def _open_gguf(path: Path, name: str) -> ModelImage:
     weights = GgufWeights(file, hyperparameters)
     check_tensors(weights.shapes(), hyperparameters, str(path), ignored=ROPE_TENSORS)
     tokenizer = tokenizer_from_gguf(file.metadata, str(path))
+    file.metadata.pop("tokenizer.ggml.merges", None)  # the tokenizer has them: as many objects as the vocabulary
     return ModelImage(
         name=name,
         path=path,

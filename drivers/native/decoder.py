@@ -39,12 +39,20 @@ HEAD_ROWS = 32  # rows whose logits are there at a time
 MAX_ROWS = 128  # that go through all layers together: what they leave on the way stays in the second cache
 _ITEMS = 24  # of a product, so that threads share it evenly
 _NO_WINDOW = 1 << 40
+_POSITIONS = 1024  # whose angles are computed together
 
 
 class _Layer:
     def __init__(self, a: Architecture, index: int, weights: Weights) -> None:
         names = layer_matrices(weights, index)
-        self.matrices = {name: PackedMatrix(weights, names[name]) for name in ("qkv", "output", "gate_up", "down")}
+        inner = a.heads * a.head_dim
+        sizes = {
+            "qkv": (inner + 2 * a.kv_heads * a.head_dim, a.hidden),
+            "output": (a.hidden, inner),
+            "gate_up": (2 * a.intermediate, a.hidden),
+            "down": (a.hidden, a.intermediate),
+        }
+        self.matrices = {name: PackedMatrix(weights, names[name], *size) for name, size in sizes.items()}
         self.index = index
         vectors = {"attention_norm": ["attn_norm.weight"], "feed_forward_norm": ["ffn_norm.weight"]}
         if a.qkv_bias:
@@ -70,7 +78,7 @@ class NativeDecoder:
     def __init__(self, architecture: Architecture, weights: Weights, team: Team) -> None:
         self._a = a = architecture
         self._team = team
-        self._head = PackedMatrix(weights, [head_of(a)])
+        self._head = PackedMatrix(weights, [head_of(a, weights)], a.vocab_size, a.hidden)
         self._embedding: PackedEmbedding | FileEmbedding = (
             PackedEmbedding(self._head) if shares_embedding(a, weights) else FileEmbedding(weights[EMBEDDING])
         )
@@ -137,8 +145,7 @@ class NativeDecoder:
 
     def _perform(self, program: NDArray[np.int64], state: NDArray[np.int64]) -> None:
         self._counters[: len(program)] = 0
-        data = (each.ctypes.data for each in (program, self._counters, state))
-        first, counters, now = data
+        first, counters, now = map(_address, (program, self._counters, state))
         self._team.run(self._kernels.run, first, len(program), counters, now)
 
     def _place(self, stretches: list[Stretch], pool: KvPool, count: int) -> None:
@@ -274,7 +281,7 @@ def _cut(stretch: Stretch, start: int, stop: int) -> Stretch | None:
 
 
 class _Angles:
-    """Cosines and sines of a rotation, for each position that has been asked for."""
+    """Cosines and sines of a rotation, for the positions up to the last that has been asked for."""
 
     def __init__(self, rope: Rope) -> None:
         self._rope = rope
@@ -282,9 +289,10 @@ class _Angles:
 
     def __call__(self, positions: NDArray[np.int64]) -> Floats:
         last = int(positions.max())
-        if last >= len(self._table):
-            rotation = Rotation(self._rope, torch.arange(max(1024, 2 * last)))
-            self._table = rotation.angles().numpy()
+        while last >= len(self._table):
+            start = len(self._table)
+            piece = Rotation(self._rope, torch.arange(start, start + _POSITIONS)).angles().numpy()
+            self._table = np.concatenate([self._table, piece])
         return self._table[positions]
 
 

@@ -26,15 +26,17 @@ def measure_native(a: Architecture, weights: Weights, batch_tokens: int) -> Foot
         vectors += 4 * (a.heads + 2 * a.kv_heads) * a.head_dim
     embedding = 0 if shares_embedding(a, weights) else weights[EMBEDDING].data.nbytes
     layers = [layer_matrices(weights, index).values() for index in range(len(a.layers))]
-    made = max(_made(weights, name) for names in ([head_of(a)], *chain(*layers)) for name in names)
+    head = head_of(a, weights)
+    made = max(_made(weights, name) for names in ([head], *chain(*layers)) for name in names)
+    angles = sum(4 * rope.dim * a.context_length for rope in {layer.rope for layer in a.layers})
     return Footprint(
         extents=(
             embedding,
             *(sum(_packed(weights, name) for names in layer for name in names) + vectors for layer in layers),
-            _packed(weights, head_of(a)) + 4 * a.hidden,
+            _packed(weights, head) + 4 * a.hidden,
         ),
         kv_bytes_per_token=len(a.layers) * 2 * a.kv_heads * a.head_dim * 2,
-        workspace=max(_forward(a, batch_tokens), 256 * PART_VALUES + made),
+        workspace=max(_forward(a, batch_tokens) + angles, 256 * PART_VALUES + made),
         page_tokens=PAGE_TOKENS,
     )
 

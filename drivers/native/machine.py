@@ -26,9 +26,6 @@ def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
     return ir.VectorType(element, lanes)
 
 
-Operand = "Value | int | float"
-
-
 class Value:
     """A value of a Function. Operators need both sides of one type; Python numbers become constants of it."""
 
@@ -71,9 +68,6 @@ class Value:
 
     def __and__(self, other: Any) -> Value:
         return self._binary(other, "and_", "")
-
-    def __or__(self, other: Any) -> Value:
-        return self._binary(other, "or_", "")
 
     def __lshift__(self, other: Any) -> Value:
         return self._binary(other, "shl", "")
@@ -137,10 +131,6 @@ class Value:
         else:
             make = build.sext if b.width > a.width else build.trunc
         return Value(self.function, make(self.raw, target))
-
-    def widened(self, target: ir.Type) -> Value:
-        """A larger integer type, filled with zeros."""
-        return Value(self.function, self.function.builder.zext(self.raw, target))
 
     def bits(self, target: ir.Type) -> Value:
         """The same bits as another type of the same size."""

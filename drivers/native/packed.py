@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_os.drivers.formats.architecture import Architecture
-from llm_os.drivers.formats.changed import outline
+from llm_os.drivers.formats.changed import HEAD
 from llm_os.drivers.formats.quants import dequantize
 from llm_os.drivers.formats.weights import Weights
 from llm_os.drivers.native.groups import GROUP, GROUP_BYTES, Kind
 from llm_os.drivers.native.machine import LANES
-from llm_os.drivers.torch.decoder import layer_matrices
 from llm_os.drivers.torch.embedding import EMBEDDING
 from llm_os.drivers.torch.page_cache import leave
+from llm_os.kernel.errors import FormatError
 
 PART_VALUES = 1 << 17  # packed at a time by one thread while loading; they take up to 17 bytes each
 Bytes = NDArray[np.uint8]
@@ -35,48 +35,51 @@ def packed_bytes(kind: Kind, rows: int, columns: int) -> int:
     return -(-rows // LANES) * (columns // GROUP) * GROUP_BYTES[kind]
 
 
-def fits(a: Architecture, weights: Weights) -> bool:
-    """Whether every matrix can be cut into groups and blocks. Reads no contents."""
-    matrices = [names for index in range(len(a.layers)) for names in layer_matrices(weights, index).values()]
-    rows = [outline(weights, name)[1][0] for names in matrices for name in names]
+def fits(a: Architecture) -> bool:
+    """Whether every matrix can be cut into groups and blocks, and every rotation into vectors."""
     sizes = [a.hidden, a.intermediate, a.heads * a.head_dim]
+    rotated = [layer.rope.dim for layer in a.layers]
     return (
         all(size % GROUP == 0 for size in sizes)
         and a.head_dim % LANES == 0
-        and all(layer.rope.dim % (2 * LANES) == 0 for layer in a.layers)
-        and all(count % LANES == 0 for count in rows)
+        and all(size % (2 * LANES) == 0 and size <= a.head_dim for size in rotated)
     )
 
 
-def head_of(a: Architecture) -> str:
-    """The tensor that the head is made of."""
-    return EMBEDDING if a.tied_embeddings else "output.weight"
+def head_of(a: Architecture, weights: Weights) -> str:
+    """The tensor that the head is made of: the embedding, if they are tied and no pass asks for another."""
+    return EMBEDDING if a.tied_embeddings and weights.kept(HEAD) is None else HEAD
 
 
 def shares_embedding(a: Architecture, weights: Weights) -> bool:
     """Whether token vectors are read from the packed head, which has them bit for bit."""
-    return a.tied_embeddings and weights[EMBEDDING].kind == "Q8_0"
+    return head_of(a, weights) == EMBEDDING and weights[EMBEDDING].kind == "Q8_0"
 
 
 class PackedMatrix:
     """Tensors whose rows follow each other, packed: those of one kind together."""
 
-    def __init__(self, weights: Weights, names: list[str]) -> None:
+    def __init__(self, weights: Weights, names: list[str], rows: int, columns: int) -> None:
+        """Raises FormatError where all together are no matrix of so many rows and columns: native code would read
+        past it."""
         self.parts: list[tuple[Kind, Bytes, int]] = []  # with its blocks
         for name in names:
             tensor = weights[name]
-            rows, columns = tensor.shape
-            kind = kind_of(tensor.kind)
-            out = _aligned(packed_bytes(kind, rows, columns))
+            kind, count = kind_of(tensor.kind), len(tensor.data)
+            rows -= count
+            if rows < 0 or tensor.shape != (count, columns) or (count % LANES and len(names) > 1):
+                raise FormatError(f"{name} has shape {tensor.shape}, which does not fit the model's sizes")
+            out = _aligned(packed_bytes(kind, count, columns))
             step = max(LANES, PART_VALUES // columns // LANES * LANES)
-            for start in range(0, rows, step):
+            for start in range(0, count, step):
                 part = tensor.data[start : start + step]
                 low = packed_bytes(kind, start, columns)
                 pack(part, tensor.kind, columns, out[low : low + packed_bytes(kind, len(part), columns)])
-            self.parts.append((kind, out, -(-rows // LANES)))
+            self.parts.append((kind, out, -(-count // LANES)))
             leave(tensor.data)
+        if rows:
+            raise FormatError(f"{' and '.join(names)} lack {rows} rows of the model's sizes")
         self.groups = columns // GROUP
-        self.columns = columns
 
     @property
     def nbytes(self) -> int:

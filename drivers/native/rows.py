@@ -48,8 +48,8 @@ def _gelu_tanh(f: Function, x: Value) -> Value:
 ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 
 
-def _floats(f: Function, address: Value, count: Value) -> Value:
-    """1 / the root of the mean square of `count` floats plus a small number."""
+def _sum_of_squares(f: Function, address: Value, count: Value) -> Value:
+    """Of `count` floats, in a fixed order."""
     squares = Variable(f.constant(0.0, _FLOATS))
     with f.loop(0, count, LANES) as i:
         x = address.at(i, 4).load(_FLOATS)
@@ -58,7 +58,8 @@ def _floats(f: Function, address: Value, count: Value) -> Value:
 
 
 def _scale(f: Function, address: Value, count: Value, eps: Value) -> Value:
-    mean = _floats(f, address, count) / count.to(F32)
+    """1 / the root of the mean square plus eps, in every lane."""
+    mean = _sum_of_squares(f, address, count) / count.to(F32)
     return (1.0 / f.root(mean + eps)).spread()
 
 

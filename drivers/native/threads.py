@@ -27,11 +27,19 @@ class _Call:
             try:
                 self.function(*self.arguments)
             finally:
+                self._forget()
                 self.ended.release()
 
     def wait(self) -> None:
-        if not self.begun.acquire(blocking=False):
+        """Until it has come back, if it has begun; else it never will."""
+        if self.begun.acquire(blocking=False):
+            self._forget()
+        else:
             self.ended.acquire()
+
+    def _forget(self) -> None:
+        """An idle thread may have this call in its hands for long: it must not hold a model."""
+        self.function, self.arguments = int, ()
 
 
 class Team:

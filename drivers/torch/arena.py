@@ -71,7 +71,7 @@ class Arena:
         with self._lock:
             kept = self._pools.get(model)
             if kept is not None:
-                if (kept.page_shape, kept.pages) != (shape, pages):
+                if (kept.page_shape, kept.pages, kept.dtype) != (shape, pages, dtype):
                     raise DriverError(
                         f"model {model!r} kept KV of {kept.pages} pages of {kept.page_tokens} tokens, not of {pages} "
                         f"pages of {page_tokens} tokens of this model; release it before loading"

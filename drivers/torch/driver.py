@@ -35,7 +35,7 @@ from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import Decoder
 from llm_os.drivers.torch.footprint import measure
 from llm_os.drivers.torch.linear import choose_format
-from llm_os.drivers.torch.page_cache import warm
+from llm_os.drivers.torch.page_cache import leave_all, warm
 from llm_os.drivers.torch.pool import KvPool, Layout
 from llm_os.drivers.torch.sampler import sample
 from llm_os.kernel.driver import (
@@ -176,8 +176,10 @@ class TorchDriver:
             native = self._native(contents)
             dtype = torch.float16 if native else torch.float32
             pool = self._arena.open(model, a, placement.page_tokens, placement.pages, dtype)
-            self._arena.displace(placement.extents)
+            with self._releasing():  # also what opening the image has left: weights come on top of it
+                self._arena.displace(placement.extents)
             decoder = self._decoder(contents, native)
+            leave_all(stored(contents.weights))
         except Exception as error:
             with self._releasing():
                 traceback.clear_frames(error.__traceback__)  # they hold what was loaded so far
@@ -188,7 +190,7 @@ class TorchDriver:
             self._models[model] = _Resident(a, decoder, pool)
 
     def _native(self, contents: _Contents) -> bool:
-        return self._team is not None and fits(contents.hyperparameters, contents.weights)
+        return self._team is not None and fits(contents.hyperparameters)
 
     def _decoder(self, contents: _Contents, native: bool) -> Decoder | NativeDecoder:
         if native and self._team is not None:

@@ -39,6 +39,15 @@ def leave(data: NDArray[np.uint8]) -> None:
         mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
+def leave_all(weights: Weights) -> None:
+    """The same for files that the weights are in, with what was read along with them."""
+    names = (name for name in weights.names() if "norm" in name)  # small; matrices may be copied to be seen
+    mappings = {id(mapping): mapping for name in names if (mapping := _mapping(weights[name].data.reshape(-1)))}
+    for mapping in mappings.values():
+        if hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
 def _mapping(data: NDArray[np.uint8]) -> mmap.mmap | None:
     """The mapped file that `data` is a view of."""
     owner: object = data

@@ -1,7 +1,7 @@
 """The KV pool of one model: how its pages lie in frames. Page numbers come from the kernel; no model, no attention.
 
     page = frame * slots + slot                                    as in the kernel's ledger
-    pool[frame, layer, key or value, kv head, slot * page_tokens + token, dim]        float32
+    pool[frame, layer, key or value, kv head, slot * page_tokens + token, dim]
 
 A run of consecutive pages of one frame is one contiguous slice for each head, so that attention reads slices wherever
 the kernel could place pages side by side.
@@ -90,6 +90,10 @@ class KvPool:
     @property
     def page_bytes(self) -> int:
         return self._tensor.element_size() * prod(self.page_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._tensor.dtype
 
     @property
     def address(self) -> int:

@@ -204,6 +204,7 @@ def packed() -> Callable[..., PackedMatrix]:
 
     def build(*tensors: WeightTensor) -> PackedMatrix:
         weights: Any = {str(i): tensor for i, tensor in enumerate(tensors)}
-        return PackedMatrix(weights, list(weights))
+        rows, columns = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
+        return PackedMatrix(weights, list(weights), rows, columns)
 
     return build

@@ -82,7 +82,7 @@ def native(bench_of, team) -> Callable[..., Any]:
     """native(architecture, weights, page_tokens=16, pages=64): a bench of the native decoder."""
 
     def build(a: Architecture, weights: Weights, page_tokens: int = 16, pages: int = 64, team: Team = team) -> Any:
-        assert fits(a, weights)
+        assert fits(a)
         pool = Arena(2 << 20, 0, torch.device("cpu")).open("m", a, page_tokens, pages, torch.float16)
         return bench_of(NativeDecoder(a, weights, team), pool, len(a.layers))
 
@@ -337,7 +337,7 @@ ODD_SIZES = {
 def test_a_model_that_does_not_fit_is_computed_by_torch(driver, weights_of, sizes):
     a = structs.replace(LLAMA, **sizes)
     image = image_of(a, weights_of(a))
-    assert not fits(a, image.weights)
+    assert not fits(a)
     expected = measure(a, image.weights, choose_format("fast", torch.device("cpu")), 64, tuple(range(8, 33)))
     assert driver.footprint(image, 64) == expected
     exact = open_cpu(Config(precision="exact", threads=2))

@@ -189,7 +189,7 @@ def small(request: Any, stored, packed) -> PackedMatrix:
 
 
 def test_a_row_is_the_same_bits_alone_and_in_any_company(workbench, small):
-    company = np.tile(COMPANY, 3)[:, : small.columns]
+    company = np.tile(COMPANY, 3)[:, : (32 * small.groups)]
     alone = np.concatenate([workbench().product(small, row[None]) for row in company])
 
     @settings(max_examples=60, deadline=None, derandomize=True)
@@ -202,7 +202,7 @@ def test_a_row_is_the_same_bits_alone_and_in_any_company(workbench, small):
 
 
 def test_every_processor_gives_the_same_bits(workbench, small, way):
-    company = np.tile(COMPANY, 3)[:, : small.columns]
+    company = np.tile(COMPANY, 3)[:, : (32 * small.groups)]
     for rows in (company, company[:1], np.tile(company, (5, 1))):
         assert same_bits(workbench(way).product(small, rows), workbench().product(small, rows))
         mine, others = workbench(way).rounded(rows[:12]), workbench().rounded(rows[:12])
@@ -225,9 +225,9 @@ def test_many_rows_of_many_columns_are_the_same_bits_as_few(workbench, stored, p
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_a_number_makes_all_of_its_row_so_and_no_other(workbench, small, bad, way):
-    x = activations(20, small.columns, 9)
+    x = activations(20, (32 * small.groups), 9)
     expected = workbench(way).product(small, x)
-    for place in (0, 33, small.columns - 1):
+    for place in (0, 33, (32 * small.groups) - 1):
         sick = x.copy()
         sick[13, place] = bad
         out = workbench(way).product(small, sick)

@@ -32,7 +32,7 @@ def test_runs_have_right_and_wrong_guesses_with_faults_and_without(monkeypatch: 
 
     monkeypatch.setattr(Drafting, "checked", counting)
     for seed in range(1, 31):
-        assert play(seed, Options(steps=400, faults=FAULTS if seed % 2 else ())).failure is None
+        assert play(seed, Options(steps=700, faults=FAULTS if seed % 2 else ())).failure is None
     assert min(counts[kind] for kind in ("always right", "always wrong")) > 300
     assert min(counts[kind] for kind in ("auto right", "auto wrong", "restored", "fork")) > 5, counts
 
