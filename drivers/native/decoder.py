@@ -78,7 +78,7 @@ class NativeDecoder:
     def __init__(self, architecture: Architecture, weights: Weights, team: Team) -> None:
         self._a = a = architecture
         self._team = team
-        self._head = PackedMatrix(weights, [head_of(a, weights)], a.vocab_size, a.hidden)
+        self._head = PackedMatrix(weights, [head_of(a)], a.vocab_size, a.hidden)
         self._embedding: PackedEmbedding | FileEmbedding = (
             PackedEmbedding(self._head) if shares_embedding(a, weights) else FileEmbedding(weights[EMBEDDING])
         )

@@ -26,7 +26,7 @@ def measure_native(a: Architecture, weights: Weights, batch_tokens: int) -> Foot
         vectors += 4 * (a.heads + 2 * a.kv_heads) * a.head_dim
     embedding = 0 if shares_embedding(a, weights) else weights[EMBEDDING].data.nbytes
     layers = [layer_matrices(weights, index).values() for index in range(len(a.layers))]
-    head = head_of(a, weights)
+    head = head_of(a)
     made = max(_made(weights, name) for names in ([head], *chain(*layers)) for name in names)
     angles = sum(4 * rope.dim * a.context_length for rope in {layer.rope for layer in a.layers})
     return Footprint(

@@ -46,14 +46,14 @@ def fits(a: Architecture) -> bool:
     )
 
 
-def head_of(a: Architecture, weights: Weights) -> str:
-    """The tensor that the head is made of: the embedding, if they are tied and no pass asks for another."""
-    return EMBEDDING if a.tied_embeddings and weights.kept(HEAD) is None else HEAD
+def head_of(a: Architecture) -> str:
+    """The tensor that the head is made of. A tied one stays one with the embedding, whatever a pass asks for it."""
+    return EMBEDDING if a.tied_embeddings else HEAD
 
 
 def shares_embedding(a: Architecture, weights: Weights) -> bool:
     """Whether token vectors are read from the packed head, which has them bit for bit."""
-    return head_of(a, weights) == EMBEDDING and weights[EMBEDDING].kind == "Q8_0"
+    return a.tied_embeddings and weights[EMBEDDING].kind == "Q8_0"
 
 
 class PackedMatrix:
