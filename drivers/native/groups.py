@@ -42,26 +42,23 @@ class WeightGroup:
     def __init__(self, processor: Processor, address: Value, kind: Kind) -> None:
         self._f = f = address.function
         self._processor = processor
-        self.codes, self.d, self.m = _read(address, kind)  # codes are from 0 to 255
+        self._codes, self._d, self._m = _read(address, kind)  # codes are from 0 to 255
         for line in range(0, GROUP_BYTES[kind], 64):  # each is read once, and faster than the processor's own guesses
             f.prefetch(address.at(_AHEAD + line))
         ones = f.constant(0x01010101, vector(I32))
-        self.sums = f.fma(self.d, self._dot([ones] * len(self.codes)), self.m * float(GROUP))  # d * sum(w) + 32 * m
+        self._sums = f.fma(self._d, self._dot([ones] * len(self._codes)), self._m * float(GROUP))  # d * sum(w) + 32 * m
 
-    def dot(self, codes: Value) -> Value:
-        """The sums of products with the 32 codes of an activation row at this address, as floats."""
-        return self._dot([codes.at(4 * j).load(I32).spread() for j in range(len(self.codes))])
+    def add_to(self, total: Variable, codes: Value, terms: Value) -> None:
+        """Add what the group is worth to the 16 totals of an activation row, whose codes and terms lie at these
+        addresses."""
+        f = self._f
+        products = self._dot([codes.at(4 * j).load(I32).spread() for j in range(len(self._codes))])
+        s, s_sum, o = (terms.at(j, 4).load(F32).spread() for j in range(3))
+        total.set(f.fma(self._sums, o, f.fma(self._m, s_sum, f.fma(self._d, products * s, total.get()))))
 
     def _dot(self, integers: list[Value]) -> Value:
         nothing = self._f.constant(0, vector(I32))
-        return self._processor.dot(self.codes, integers, nothing).to(_FLOATS)
-
-
-def add_products(total: Variable, products: Value, d: Value, m: Value, sums: Value, terms: Value) -> None:
-    """Add what a group is worth to the 16 totals of one activation row, whose terms lie at this address."""
-    f = products.function
-    s, s_sum, o = (terms.at(j, 4).load(F32).spread() for j in range(3))
-    total.set(f.fma(sums, o, f.fma(m, s_sum, f.fma(d, products * s, total.get()))))
+        return self._processor.dot(self._codes, integers, nothing).to(_FLOATS)
 
 
 def _read(part: Value, kind: Kind) -> tuple[list[Value], Value, Value]:

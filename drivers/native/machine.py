@@ -163,14 +163,14 @@ class Value:
         """What the record at this address has in its 64-bit field `index`."""
         return self.at(index, 8).load(kind)
 
-    def load(self, kind: ir.Type, align: int | None = None) -> Value:
+    def load(self, kind: ir.Type) -> Value:
         lanes = getattr(kind, "element", kind)
-        step = align or max(1, getattr(lanes, "width", 32 if lanes == F32 else 16) // 8 if lanes != PTR else 8)
+        step = 8 if lanes == PTR else getattr(lanes, "width", 32 if lanes == F32 else 16) // 8
         return Value(self.function, self.function.builder.load(self.raw, typ=kind, align=step))
 
     def store(self, value: Value) -> None:
         lanes = getattr(value.type, "element", value.type)
-        step = max(1, getattr(lanes, "width", 32 if lanes == F32 else 16) // 8)
+        step = getattr(lanes, "width", 32 if lanes == F32 else 16) // 8
         self.function.builder.store(value.raw, self.raw, align=step)
 
 
@@ -258,9 +258,9 @@ class Function:
     def call(self, function: ir.Function, *arguments: Value) -> Value:
         return Value(self, self.builder.call(function, [argument.raw for argument in arguments]))
 
-    def intrinsic(self, name: str, *arguments: Value, result: ir.Type | None = None) -> Value:
-        """LLVM's own function `name`, of the type of its first argument unless `result` says another."""
-        kind = ir.FunctionType(result or arguments[0].type, [argument.type for argument in arguments])
+    def intrinsic(self, name: str, *arguments: Value) -> Value:
+        """LLVM's own function `name`, of the type of its first argument."""
+        kind = ir.FunctionType(arguments[0].type, [argument.type for argument in arguments])
         declared = self.module.globals.get(name) or ir.Function(self.module, kind, name)
         return self.call(declared, *arguments)
 

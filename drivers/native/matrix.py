@@ -12,7 +12,6 @@ from llm_os.drivers.native.groups import (
     TERMS_BYTES,
     Kind,
     WeightGroup,
-    add_products,
     row_at,
 )
 from llm_os.drivers.native.machine import F32, I64, LANES, PTR, Function, Variable, vector
@@ -42,7 +41,6 @@ def write_product(module: ir.Module, processor: Processor, kind: Kind) -> Functi
     stop = f.minimum(start + ROWS, rows)
     with f.loop(first, f.minimum(first + chunk, blocks)) as block:
         row = Variable(start)
-
         for count in _TILES:
             with f.forever() as leave_if:
                 at = row.get()
@@ -70,9 +68,8 @@ def _write_tile(module: ir.Module, processor: Processor, kind: Kind, rows: int) 
     with f.loop(0, groups) as group:
         weights = WeightGroup(processor, block.at(group, GROUP_BYTES[kind]), kind)
         for i, total in enumerate(totals):
-            products = weights.dot(codes.at(group, CODES_BYTES).at(GROUP * i))
-            place = terms.at(group, TERMS_BYTES).at(TERM_BYTES * i)
-            add_products(total, products, weights.d, weights.m, weights.sums, place)
+            row = codes.at(group, CODES_BYTES).at(GROUP * i)
+            weights.add_to(total, row, terms.at(group, TERMS_BYTES).at(TERM_BYTES * i))
     places = [out.at(width * i, 4) for i in range(rows)]
     with f.when(adds > 0):
         for total, place in zip(totals, places, strict=True):

@@ -22,13 +22,14 @@ from llm_os.drivers.torch.page_cache import leave
 from llm_os.kernel.errors import FormatError
 
 PART_VALUES = 1 << 17  # packed at a time by one thread while loading; they take up to 17 bytes each
+_FOUR_BITS: dict[str, Kind] = {"Q4_1": "Q4", "Q4_0": "Q4", "Q4_K": "Q4F"}
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 
 def kind_of(stored: str) -> Kind:
     """How a matrix of this GGML type is held. 4-bit types lose nothing; others become 8 bits in groups."""
-    return {"Q4_1": "Q4", "Q4_0": "Q4", "Q4_K": "Q4F"}.get(stored, "Q8")  # type: ignore[return-value]
+    return _FOUR_BITS.get(stored, "Q8")
 
 
 def packed_bytes(kind: Kind, rows: int, columns: int) -> int:
@@ -69,7 +70,7 @@ class PackedMatrix:
             rows -= count
             if rows < 0 or tensor.shape != (count, columns) or (count % LANES and len(names) > 1):
                 raise FormatError(f"{name} has shape {tensor.shape}, which does not fit the model's sizes")
-            out = _aligned(packed_bytes(kind, count, columns))
+            out = _memory(packed_bytes(kind, count, columns))
             step = max(LANES, PART_VALUES // columns // LANES * LANES)
             for start in range(0, count, step):
                 part = tensor.data[start : start + step]
@@ -86,7 +87,7 @@ class PackedMatrix:
         return sum(part.nbytes for _, part, _ in self.parts)
 
 
-def _aligned(size: int) -> Bytes:
+def _memory(size: int) -> Bytes:
     """Memory of its own, which goes back to the system as soon as nobody holds it: an allocator may keep it."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     return np.frombuffer(mmap.mmap(-1, max(1, size), flags=flags), np.uint8, size)
