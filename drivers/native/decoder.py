@@ -34,6 +34,7 @@ from llm_os.drivers.torch.embedding import EMBEDDING, FileEmbedding
 from llm_os.drivers.torch.pool import KvPool
 from llm_os.drivers.torch.rope import Rotation
 from llm_os.drivers.torch.sampler import Scores
+from llm_os.kernel.errors import FormatError
 
 HEAD_ROWS = 32  # rows whose logits are there at a time
 MAX_ROWS = 128  # that go through all layers together: what they leave on the way stays in the second cache
@@ -62,14 +63,23 @@ class _Layer:
         if a.post_norms:
             vectors["post_attention_norm"] = ["post_attention_norm.weight"]
             vectors["post_feed_forward_norm"] = ["post_ffw_norm.weight"]
+        lengths = {"bias": sizes["qkv"][0], "qk_norm": 2 * a.head_dim}
         self.vectors = {
-            name: np.concatenate([weights[f"blk.{index}.{part}"].float32().reshape(-1) for part in parts])
+            name: _vector(weights, [f"blk.{index}.{part}" for part in parts], lengths.get(name, a.hidden))
             for name, parts in vectors.items()
         }
 
     @property
     def nbytes(self) -> int:
         return sum(m.nbytes for m in self.matrices.values()) + sum(v.nbytes for v in self.vectors.values())
+
+
+def _vector(weights: Weights, names: list[str], length: int) -> Floats:
+    """Those tensors in a row. Raises FormatError for another length: native code would read past it."""
+    vector: Floats = np.concatenate([weights[name].float32().reshape(-1) for name in names])
+    if len(vector) != length:
+        raise FormatError(f"{' and '.join(names)} have {len(vector)} values; the model's sizes ask for {length}")
+    return vector
 
 
 class NativeDecoder:
@@ -83,7 +93,7 @@ class NativeDecoder:
             PackedEmbedding(self._head) if shares_embedding(a, weights) else FileEmbedding(weights[EMBEDDING])
         )
         self._layers = team.map(lambda index: _Layer(a, index, weights), range(len(a.layers)))
-        self._norm = weights["output_norm.weight"].float32().reshape(-1)
+        self._norm = _vector(weights, ["output_norm.weight"], a.hidden)
         self.nbytes = (
             self._embedding.nbytes + self._head.nbytes + self._norm.nbytes + sum(layer.nbytes for layer in self._layers)
         )

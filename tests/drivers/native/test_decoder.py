@@ -29,6 +29,7 @@ from llm_os.drivers.torch.linear import choose_format
 from llm_os.drivers.torch.pool import KvPool
 from llm_os.kernel.config import Config
 from llm_os.kernel.driver import Batch, Placement, RowError, Sample, Sampled, Sequence
+from llm_os.kernel.errors import FormatError
 
 PLAIN = Rope(base=10000.0, dim=32)
 LLAMA = Architecture(
@@ -393,3 +394,23 @@ def test_values_that_a_pass_changed_are_held_and_claimed(driver, weights_of):
     assert isinstance(answer(driver, image, [1, 2, 3]), Sampled)
     driver.load("m", image, Placement(extents=(), page_tokens=16, pages=20)).result()
     assert driver.memory().weights == sum(footprint.extents)
+
+
+@pytest.mark.parametrize("name", ["output_norm.weight", "blk.0.ffn_norm.weight", "blk.0.attn_v.weight"])
+def test_a_tensor_that_is_too_short_is_refused_before_native_code_reads_it(native, weights_of, name):
+    weights = weights_of(LLAMA)
+    tensor = weights[name]
+    short = tensor.replaced(tensor.float32()[: len(tensor.float32()) // 2])
+
+    class Shortened:
+        def __getitem__(self, asked):
+            return short if asked == name else weights[asked]
+
+        def __getattr__(self, attribute):
+            return getattr(weights, attribute)
+
+        def __contains__(self, asked):
+            return asked in weights
+
+    with pytest.raises(FormatError, match="sizes"):
+        native(LLAMA, Shortened())
