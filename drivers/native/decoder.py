@@ -26,7 +26,7 @@ from llm_os.drivers.native.kernels import Sizes, load_kernels
 from llm_os.drivers.native.machine import LANES
 from llm_os.drivers.native.matrix import ROWS
 from llm_os.drivers.native.packed import Floats, PackedEmbedding, PackedMatrix, head_of, shares_embedding
-from llm_os.drivers.native.program import FIELDS
+from llm_os.drivers.native.program import FIELDS, counters_of
 from llm_os.drivers.native.threads import Team
 from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import layer_matrices
@@ -156,7 +156,7 @@ class NativeDecoder:
     def _perform(self, program: NDArray[np.int64], state: NDArray[np.int64]) -> None:
         self._counters[: len(program)] = 0
         first, counters, now = map(_address, (program, self._counters, state))
-        self._team.run(self._kernels.run, first, len(program), counters, now)
+        self._team.run(self._kernels.run, first, len(program), counters, now, self._team.count)
 
     def _place(self, stretches: list[Stretch], pool: KvPool, count: int) -> None:
         """Write down where every row's keys and values go, and who attends to what."""
@@ -219,7 +219,7 @@ class NativeDecoder:
                 ],
             ]
         )
-        self._counters = np.zeros((len(self._program), 16), np.int64)
+        self._counters = counters_of(len(self._program), self._team.count)
 
     def _layer_program(self, layer: _Layer, pool: KvPool) -> Iterator[list[int]]:
         a, vectors, matrices = self._a, layer.vectors, layer.matrices

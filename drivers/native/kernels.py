@@ -63,7 +63,7 @@ class Kernels:
             data = _compile(sizes, processor)
             _keep(file, data)
         self._code = processor.link(data)  # as long as `run` may be called
-        self.run: Any = self._code.function("run", c_void_p, c_int64, c_void_p, c_void_p)
+        self.run: Any = self._code.function("run", c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64)
         self.codes = {name: code for code, name in enumerate(_writers(sizes, processor))}
 
 

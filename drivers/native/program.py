@@ -3,31 +3,40 @@
     operation   | code | items | rows of an item | fields ... |      64 bits each
     items       fixed x (rows of the batch / rows of an item, rounded up), or x the tiles of the batch
 
-Every thread goes through the whole list. It takes the next item of an operation, while there are any, and goes on when
-all of them are done, whoever did them. So a thread that comes late, or never, costs speed and nothing else.
+Every thread goes through the whole list. The items of an operation are cut into as many runs as there are threads, and
+a thread takes its own run before it helps with others', so that rows tend to stay with one processor's caches. It goes
+on when all of them are done, whoever did them. So a thread that comes late, or never, costs speed and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 from llm_os.drivers.native.machine import I64, PTR, Function, Value, Variable
 
 FIELDS = 16
+_APART = 64  # bytes from one counter to the next: processors share memory by lines of so many
 _SPINS = 4000  # looks at a counter before the processor is offered to others
 ROWS, TILES = 0, 1  # state fields; further ones are in `rows` and `attention`
 
 
+def counters_of(operations: int, threads: int) -> NDArray[np.int64]:
+    """Zeros: for each operation how many items are done, and for each thread's run how many are taken."""
+    return np.zeros((operations, 1 + threads, _APART // 8), np.int64)
+
+
 def write_run(module: ir.Module, operations: Sequence[Function]) -> None:
-    """`run(program, operations, counters, state)`: operation i has code i of `operations`. `counters` are two zeros for
-    each operation."""
-    f = Function(module, "run", [PTR, I64, PTR, PTR], inner=False)
-    program, count, counters, state = f.arguments
+    """`run(program, operations, counters, state, threads, thread)`: operation i has code i of `operations`. `counters`
+    are `counters_of`, zeros."""
+    f = Function(module, "run", [PTR, I64, PTR, PTR, I64, I64], inner=False)
+    program, count, counters, state, threads, thread = f.arguments
     with f.loop(0, count) as index:
         op = program.at(index, 8 * FIELDS)
-        taken, done = counters.at(index, 128), counters.at(index, 128).at(64)
+        done = counters.at(index * (threads + 1), _APART)
         items = Variable(f.constant(0, I64))
         each = op.field(2, I64)
         with f.when(each > 0):
@@ -35,11 +44,15 @@ def write_run(module: ir.Module, operations: Sequence[Function]) -> None:
         with f.when(each <= 0):
             items.set(op.field(1, I64) * state.field(TILES, I64))
         total = items.get()
-        with f.forever() as leave_if:
-            item = _add(f, taken, 1)
-            leave_if(item >= total)
-            _dispatch(f, operations, op, item, state)
-            _add(f, done, 1)
+        with f.loop(thread, thread + threads) as helped:
+            run = helped % threads
+            first, end = total * run // threads, total * (run + 1) // threads
+            taken = done.at(run + 1, _APART)
+            with f.forever() as leave_if:
+                item = first + _add(f, taken, 1)
+                leave_if(item >= end)
+                _dispatch(f, operations, op, item, state)
+                _add(f, done, 1)
         _await(f, done, total)
     f.end()
 

@@ -46,6 +46,7 @@ class Team:
     """The caller's thread and `count - 1` others, which wait for work without using the processor."""
 
     def __init__(self, count: int, name: str) -> None:
+        self.count = count
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._others = [Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(1, count)]
         for thread in self._others:
@@ -57,7 +58,7 @@ class Team:
         left = iter(zip(items, results, strict=True))
         taking = Lock()
 
-        def work() -> None:
+        def work(_: int) -> None:
             while True:
                 with taking:
                     item, result = next(left, (None, None))
@@ -73,13 +74,14 @@ class Team:
         return [result.result() for result in results]
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Returns when all have come back. The function must not need them all: a thread may come late, or never.
+        """Call it in every thread, with the thread's number after `arguments`. Returns when all have come back.
 
-        It must not raise: compiled code does not."""
-        calls = [_Call(function, arguments) for _ in self._others]
+        The function must not need them all: a thread may come late, or never. It must not raise: compiled code does
+        not."""
+        calls = [_Call(function, (*arguments, number)) for number in range(1, self.count)]
         for call in calls:
             self._calls.put(call)
-        function(*arguments)
+        function(*arguments, 0)
         for call in calls:
             call.wait()
 

@@ -18,7 +18,7 @@ from llm_os.drivers.native.kernels import Kernels, Sizes
 from llm_os.drivers.native.matrix import ROWS
 from llm_os.drivers.native.packed import PackedMatrix
 from llm_os.drivers.native.processor import Processor, can_compile
-from llm_os.drivers.native.program import FIELDS
+from llm_os.drivers.native.program import FIELDS, counters_of
 from llm_os.drivers.native.threads import Team
 
 if not can_compile():
@@ -90,10 +90,10 @@ class Workbench:
         program = np.zeros((len(operations), FIELDS), np.int64)
         for record, (name, *fields) in zip(program, operations, strict=True):
             record[: len(fields) + 1] = [self.kernels.codes[name], *fields]
-        counters = np.zeros((len(operations), 16), np.int64)
+        counters = counters_of(len(operations), threads)
         now = np.zeros(8, np.int64)
         now[: len(state) + 1] = (rows, *state)
-        addresses = (program.ctypes.data, len(program), counters.ctypes.data, now.ctypes.data)
+        addresses = (program.ctypes.data, len(program), counters.ctypes.data, now.ctypes.data, threads)
         _team(threads).run(self.kernels.run, *addresses)
 
     def rounded(self, x: np.ndarray) -> Integers:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llm_os.drivers.native.matrix import ROWS as TOGETHER
-from llm_os.drivers.native.program import FIELDS
+from llm_os.drivers.native.program import FIELDS, counters_of
 from llm_os.drivers.native.threads import Team
 
 ROWS, WIDTH, STEPS = 37, 128, 40
@@ -57,13 +57,13 @@ class Work:
         self._state = np.array([ROWS, 0, 0, 0, 0, 0, 0, 0], np.int64)
         self._start = self._x.copy()
 
-    def begin(self) -> tuple[Any, ...]:
-        """Fresh rows and counters; the arguments of `run`."""
+    def begin(self, threads: int) -> tuple[Any, ...]:
+        """Fresh rows and counters for so many threads; `run` and its arguments but the last, a thread's number."""
         self._x[:] = self._start
-        self._counters = np.zeros((len(self._program), 16), np.int64)
+        self._counters = counters_of(len(self._program), threads)
         parts = (self._program, self._counters, self._state)
         program, counters, state = (each.ctypes.data for each in parts)
-        return self._kernels.run, program, len(self._program), counters, state
+        return self._kernels.run, program, len(self._program), counters, state, threads
 
     def result(self) -> bytes:
         return self._x.tobytes()
@@ -76,13 +76,13 @@ def work(workbench, stored, packed, integers) -> Work:
 
 @pytest.fixture
 def expected(work) -> bytes:
-    run, *arguments = work.begin()
-    run(*arguments)
+    run, *arguments = work.begin(1)
+    run(*arguments, 0)
     return work.result()
 
 
 def test_a_program_has_changed_what_it_was_given(work, expected):
-    work.begin()
+    work.begin(1)
     assert np.isfinite(np.frombuffer(expected, np.float32)).all()
     assert work.result() != expected
 
@@ -91,27 +91,34 @@ def test_a_program_has_changed_what_it_was_given(work, expected):
 def test_every_run_of_any_number_of_threads_gives_the_same_bits(work, expected, threads):
     team = Team(threads, "test")
     for _ in range(300):
-        team.run(*work.begin())
+        team.run(*work.begin(threads))
         assert work.result() == expected
     team.close()
+
+
+@pytest.mark.parametrize("thread", range(7))
+def test_any_thread_alone_does_the_work_of_all(work, expected, thread):
+    run, *arguments = work.begin(7)
+    run(*arguments, thread)
+    assert work.result() == expected
 
 
 def test_threads_that_never_come_are_not_missed(work, expected):
     team = Team(4, "test")
     here, gate = threading.Barrier(5), threading.Event()
 
-    def hold() -> None:
+    def hold(_: int) -> None:
         here.wait(60)
         assert gate.wait(60)
 
     other = threading.Thread(target=team.run, args=(hold,))
     other.start()
     here.wait(60)  # all helpers have something else to do
-    team.run(*work.begin())
+    team.run(*work.begin(4))
     assert work.result() == expected
     gate.set()
     other.join()
-    team.run(*work.begin())
+    team.run(*work.begin(4))
     assert work.result() == expected
     team.close()
 
@@ -121,25 +128,25 @@ def test_helpers_that_come_late_leave_finished_work_alone(work, expected):
     team = Team(2, "test")
     here, gate, calls = threading.Barrier(3), threading.Event(), []
 
-    def hold() -> None:
+    def hold(_: int) -> None:
         here.wait(60)
         assert gate.wait(60)
 
     other = threading.Thread(target=team.run, args=(hold,))
     other.start()
     here.wait(60)
-    team.run(lambda: calls.append(threading.current_thread()))
+    team.run(lambda _: calls.append(threading.current_thread()))
     gate.set()
     other.join()
-    team.run(*work.begin())
+    team.run(*work.begin(2))
     team.close()
     assert calls == [threading.current_thread()]
 
 
 def test_a_thread_that_comes_when_all_is_done_does_nothing(work, expected):
-    run, *arguments = work.begin()
-    run(*arguments)
-    run(*arguments)
+    run, *arguments = work.begin(1)
+    run(*arguments, 0)
+    run(*arguments, 0)
     assert work.result() == expected
 
 
@@ -156,7 +163,7 @@ def test_runs_under_load_give_the_same_bits(work, expected):
     with ThreadPoolExecutor(3) as others:
         loads = [others.submit(load) for _ in range(3)]
         for _ in range(400):
-            team.run(*work.begin())
+            team.run(*work.begin(2))
             assert work.result() == expected
         done.set()
         for each in loads:
@@ -172,7 +179,7 @@ def test_two_teams_at_the_same_time_do_not_mix(workbench, stored, packed, intege
         team = Team(2, "test")
         found = set()
         for _ in range(100):
-            team.run(*work.begin())
+            team.run(*work.begin(2))
             found.add(work.result())
         team.close()
         return found
@@ -192,6 +199,6 @@ def test_a_team_maps_in_order_and_raises_what_is_raised():
 def test_a_team_that_is_closed_has_no_threads():
     before = set(threading.enumerate())
     team = Team(4, "test")
-    team.run(lambda: None)
+    team.run(lambda _: None)
     team.close()
     assert not set(threading.enumerate()) - before
