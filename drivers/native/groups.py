@@ -51,14 +51,37 @@ class WeightGroup:
     def add_to(self, total: Variable, codes: Value, terms: Value) -> None:
         """Add what the group is worth to the 16 totals of an activation row, whose codes and terms lie at these
         addresses."""
-        f = self._f
         products = self._dot([codes.at(4 * j).load(I32).spread() for j in range(len(self._codes))])
-        s, s_sum, o = (terms.at(j, 4).load(F32).spread() for j in range(3))
-        total.set(f.fma(self._sums, o, f.fma(self._m, s_sum, f.fma(self._d, products * s, total.get()))))
+        add_products(total, products, self._d, self._m, self._sums, terms)
+
+    def keep(self, codes: Value, numbers: Value) -> None:
+        """Write down the codes, 8 vectors of bytes, and what else `add_products` needs, 3 vectors of floats."""
+        for j, code in enumerate(self._codes):
+            codes.at(64 * j).store(code)
+        for j, number in enumerate((self._d, self._m, self._sums)):
+            numbers.at(64 * j).store(number)
 
     def _dot(self, integers: list[Value]) -> Value:
         nothing = self._f.constant(0, vector(I32))
         return self._processor.dot(self._codes, integers, nothing).to(_FLOATS)
+
+
+def add_products(total: Variable, products: Value, d: Value, m: Value, sums: Value, terms: Value) -> None:
+    """Add what a group is worth to the 16 totals of an activation row, whose terms lie at this address. `products` are
+    sum(w * x), `sums` are d * sum(w) + 32 * m."""
+    f = products.function
+    s, s_sum, o = (terms.at(j, 4).load(F32).spread() for j in range(3))
+    total.set(f.fma(sums, o, f.fma(m, s_sum, f.fma(d, products * s, total.get()))))
+
+
+def finish(totals: list[Variable], out: Value, width: Value, adds: Value) -> None:
+    """Write down the totals of consecutive rows, `width` floats apart, added to what is there if `adds` is not 0."""
+    places = [out.at(width * i, 4) for i in range(len(totals))]
+    with out.function.when(adds > 0):
+        for total, place in zip(totals, places, strict=True):
+            total.set(total.get() + place.load(_FLOATS))
+    for total, place in zip(totals, places, strict=True):
+        place.store(total.get())
 
 
 def _read(part: Value, kind: Kind) -> tuple[list[Value], Value, Value]:

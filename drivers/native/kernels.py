@@ -20,7 +20,7 @@ from typing import Any
 from llvmlite import ir
 from msgspec import Struct
 
-from llm_os.drivers.native import attention, groups, machine, matrix, processor, program, rows
+from llm_os.drivers.native import attention, groups, machine, matrix, processor, program, rows, tiles
 from llm_os.drivers.native.attention import write_attention
 from llm_os.drivers.native.groups import Kind
 from llm_os.drivers.native.machine import Function
@@ -37,7 +37,7 @@ from llm_os.drivers.native.rows import (
 )
 from llm_os.drivers.store.store import home
 
-_SOURCES = (attention, groups, machine, matrix, processor, program, rows)
+_SOURCES = (attention, groups, machine, matrix, processor, program, rows, tiles)
 _KEPT = 16  # files; each has some 100 kB
 _CHECK = 32  # bytes of a file's hash, before its contents
 

@@ -105,6 +105,11 @@ class Value:
     def __ge__(self, other: Any) -> Value:
         return self._compared(">=", other)
 
+    def within(self, count: Value) -> Value:
+        """Whether it is an index of `count` things."""
+        build = self.function.builder
+        return Value(self.function, build.icmp_unsigned("<", self.raw, count.raw))
+
     def equals(self, other: Any) -> Value:
         return self._compared("==", other)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from llvmlite import ir
 
 from llm_os.drivers.native.groups import (
@@ -12,12 +14,15 @@ from llm_os.drivers.native.groups import (
     TERMS_BYTES,
     Kind,
     WeightGroup,
+    finish,
     row_at,
 )
-from llm_os.drivers.native.machine import F32, I64, LANES, PTR, Function, Variable, vector
+from llm_os.drivers.native.machine import F32, I64, LANES, PTR, Function, Value, Variable, vector
 from llm_os.drivers.native.processor import Processor
+from llm_os.drivers.native.tiles import begin_tiles, end_tiles, write_tiles
 
-_TILES = (8, 4, 2, 1)  # activation rows that share one reading of a block
+_FEW = (8, 4, 2, 1)  # activation rows that share one reading of a block
+_MANY = 48  # from which on it is quicker to multiply matrices, where the processor can
 ROWS = 64  # activation rows of one item of work
 _FLOATS = vector(F32)
 
@@ -29,7 +34,8 @@ def write_product(module: ir.Module, processor: Processor, kind: Kind) -> Functi
     `out`, bias, its bytes a block (0 where there is none).
     State: 0 rows.
     """
-    tiles = {rows: _write_tile(module, processor, kind, rows) for rows in _TILES}
+    few = {rows: _write_tile(module, processor, kind, rows) for rows in _FEW}
+    many = write_tiles(module, processor, kind, ROWS) if processor.tiles else None
     f = Function(module, f"product_{kind}", [PTR, I64, PTR])
     op, item, state = f.arguments
     codes, terms, weights, out = (op.field(i, PTR) for i in range(3, 7))
@@ -39,23 +45,40 @@ def write_product(module: ir.Module, processor: Processor, kind: Kind) -> Functi
     chunks = op.field(1, I64)
     first, start = item % chunks * chunk, item // chunks * ROWS
     stop = f.minimum(start + ROWS, rows)
-    with f.loop(first, f.minimum(first + chunk, blocks)) as block:
-        row = Variable(start)
-        for count in _TILES:
+    done = Variable(start)
+
+    def multiply(tile: Function, block: Value, row: Value, *count: Value) -> None:
+        f.call(
+            tile.raw,
+            weights.at(block * groups, GROUP_BYTES[kind]),
+            *row_at(codes, terms, groups, row),
+            out.at(row * width, 4).at(block, 4 * LANES),
+            bias.at(block * bias_step),
+            groups,
+            width,
+            adds,
+            *count,
+        )
+
+    def blocks_of_item() -> AbstractContextManager[Value]:
+        return f.loop(first, f.minimum(first + chunk, blocks))
+
+    if many is not None:
+        whole = (stop - start) // LANES * LANES
+        with f.when(whole >= _MANY):
+            begin_tiles(f)
+            with blocks_of_item() as block:
+                multiply(many, block, start, whole)
+            end_tiles(f)
+            done.set(start + whole)
+    with f.when(done.get() < stop), blocks_of_item() as block:
+        row_ = Variable(done.get())
+        for rows_, tile in few.items():
             with f.forever() as leave_if:
-                at = row.get()
-                leave_if(at + count > stop)
-                f.call(
-                    tiles[count].raw,
-                    weights.at(block * groups, GROUP_BYTES[kind]),
-                    *row_at(codes, terms, groups, at),
-                    out.at(at * width, 4).at(block, 4 * LANES),
-                    bias.at(block * bias_step),
-                    groups,
-                    width,
-                    adds,
-                )
-                row.set(at + count)
+                row = row_.get()
+                leave_if(row + rows_ > stop)
+                multiply(tile, block, row)
+                row_.set(row + rows_)
     f.end()
     return f
 
@@ -70,11 +93,6 @@ def _write_tile(module: ir.Module, processor: Processor, kind: Kind, rows: int) 
         for i, total in enumerate(totals):
             row = codes.at(group, CODES_BYTES).at(GROUP * i)
             weights.add_to(total, row, terms.at(group, TERMS_BYTES).at(TERM_BYTES * i))
-    places = [out.at(width * i, 4) for i in range(rows)]
-    with f.when(adds > 0):
-        for total, place in zip(totals, places, strict=True):
-            total.set(total.get() + place.load(_FLOATS))
-    for total, place in zip(totals, places, strict=True):
-        place.store(total.get())
+    finish(totals, out, width, adds)
     f.end()
     return f

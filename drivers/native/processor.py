@@ -32,10 +32,13 @@ class Processor:
         self._name = name or binding.get_host_cpu_name()
         self._machine = target.create_target_machine(cpu=self._name, features=features, opt=2, jit=True)
         self.features = frozenset((features or _FEATURES.get(name or "", "")).split(","))
+        self.tiles = "+amx-int8" in self.features and _may_use_tiles()  # whether it multiplies matrices, with AMX
 
     @property
     def way(self) -> str:
         """How integers are multiplied here, for people to read."""
+        if self.tiles:
+            return "AVX-512 VNNI and AMX"
         if "+avx512vnni" in self.features:
             return "AVX-512 VNNI"
         return "AVX-VNNI" if "+avxvnni" in self.features else "pairs of 16 bits"
@@ -66,7 +69,7 @@ class Processor:
     def identity(self) -> str:
         """Names the processor, what it can do, and who compiles for it."""
         llvm = ".".join(map(str, binding.llvm_version_info))
-        return f"{self._name} {','.join(sorted(self.features))} llvm {llvm} {self._machine.triple}"
+        return f"{self._name} {self.tiles} {','.join(sorted(self.features))} llvm {llvm} {self._machine.triple}"
 
     def compile(self, module: ir.Module) -> bytes:
         """An object file."""
@@ -83,7 +86,15 @@ class Processor:
         return Code(data, self._machine)
 
 
-_FEATURES = {"alderlake": "+avxvnni"}
+_FEATURES = {"alderlake": "+avxvnni", "cascadelake": "+avx512vnni"}
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
+
+
+def _may_use_tiles() -> bool:
+    """Linux lets a process have the large registers of AMX when it asks (arch_prctl(2), ARCH_REQ_XCOMP_PERM)."""
+    if sys.platform != "linux":
+        return False
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 
 
 def _in_pairs(f: Function, a: Value, b: Value) -> Value:

@@ -34,6 +34,7 @@ PLAIN: dict[str, Any] = {
 }
 WAYS = {  # of multiplying bytes: LLVM's names of processors that do so, and what this one must have to run their code
     "this": (None, ()),
+    "vnni": ("cascadelake", ("avx512vnni",)),
     "avxvnni": ("alderlake", ("avxvnni", "gfni", "vaes")),
     "pairs": ("haswell", ("avx2", "bmi2")),
 }
