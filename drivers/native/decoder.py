@@ -140,18 +140,19 @@ class NativeDecoder:
         self._perform(self._program, self._state)
         return self._x[:count]
 
-    def scores(self, hidden: Tensor) -> Iterator[Scores]:
-        """Over the vocabulary, for rows of `forward`'s result, up to HEAD_ROWS at a time. Each is overwritten by the
-        next."""
-        for start in range(0, len(hidden), HEAD_ROWS):
-            rows = hidden[start : start + HEAD_ROWS].numpy()
-            self._x_head[: len(rows)] = rows
-            self._state_head[0] = len(rows)
+    def scores(self, hidden: Tensor, rows: list[int]) -> Iterator[Scores]:
+        """Over the vocabulary, for these rows of `forward`'s result, up to HEAD_ROWS at a time. Each is overwritten by
+        the next."""
+        every = hidden.numpy()  # torch would wake threads of its own to gather rows, which then wait, spinning
+        for start in range(0, len(rows), HEAD_ROWS):
+            part = rows[start : start + HEAD_ROWS]
+            count = len(part)
+            np.take(every, part, axis=0, out=self._x_head[:count], mode="clip")  # unlike "raise", it makes no copy
+            self._state_head[0] = count
             self._perform(self._program_head, self._state_head)
-            best, finite = self._best[: len(rows)].T.tolist()
-            yield Scores(
-                torch.from_numpy(self._logits[: len(rows), : self._a.vocab_size]), best, list(map(bool, finite))
-            )
+            best, finite = self._best[:count].T.tolist()
+            logits = torch.from_numpy(self._logits[:count, : self._a.vocab_size])
+            yield Scores(logits, best, list(map(bool, finite)))
 
     def _perform(self, program: NDArray[np.int64], state: NDArray[np.int64]) -> None:
         self._counters[: len(program)] = 0

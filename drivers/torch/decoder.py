@@ -111,11 +111,11 @@ class Decoder:
             x = layer.forward(x, rotations[layer.rope], plans[layer.window], pool, (frames, offsets))
         return rms_norm(x, self._norm, self._architecture.norm_eps)
 
-    def scores(self, hidden: Tensor) -> Iterator[Scores]:
-        """Over the vocabulary, for rows of `forward`'s result, up to a tile at a time."""
+    def scores(self, hidden: Tensor, rows: list[int]) -> Iterator[Scores]:
+        """Over the vocabulary, for these rows of `forward`'s result, up to a tile at a time."""
         tile = self._format.tile
-        for start in range(0, len(hidden), tile):
-            yield scores_of(self._head(hidden[start : start + tile]))
+        for start in range(0, len(rows), tile):
+            yield scores_of(self._head(hidden[torch.tensor(rows[start : start + tile], device=hidden.device)]))
 
 
 def layer_matrices(weights: Weights, index: int) -> dict[str, list[str]]:

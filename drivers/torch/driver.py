@@ -251,7 +251,7 @@ class TorchDriver:
                 places += range(stretch.row + stretch.length - count, stretch.row + stretch.length)
                 owners += [index] * count
         chosen: list[Row] = []
-        for scores in resident.decoder.scores(hidden[torch.tensor(places, device=self._device)]) if places else ():
+        for scores in resident.decoder.scores(hidden, places):
             part = slice(len(chosen), len(chosen) + len(scores.logits))
             chosen += sample(scores, wishes[part], guesses[part], chosen[-1] if chosen else None)
         rows: list[list[Row]] = [[] for _ in batch.sequences]
