@@ -69,7 +69,7 @@ def _write_queries(module: ir.Module, head_dim: int, group: int, count: int) -> 
     places = [queries.at(rows[i] * query_width + heads[i] * head_dim, 4) for i in range(count)]
     positions = [position + row for row in rows]
     vectors = range(head_dim // LANES)
-    greatest = [Variable(f.constant(_LOWEST, F32)) for _ in range(count)]
+    greatest, before = ([Variable(f.constant(_LOWEST, F32)) for _ in range(count)] for _ in range(2))
     sums = [Variable(f.constant(0.0, _FLOATS)) for _ in range(count)]
     outputs = [[Variable(f.constant(0.0, _FLOATS)) for _ in vectors] for _ in range(count)]
     weights = f.local(4 * LANES * count)
@@ -92,21 +92,25 @@ def _write_queries(module: ir.Module, head_dim: int, group: int, count: int) -> 
                     score = scores[i][step % 2]
                     score.set(f.fma(query, key, score.get()))
         lanes = token.to(I32).spread() + f.lanes()
+        seen, rises = [], f.constant(0, I64)
         for i in range(count):
             now, since = (
                 f.maximum(limit, f.constant(-1, I64)).to(I32).spread()
                 for limit in (positions[i], positions[i] - window)
             )
-            seen = (lanes > since).where(scores[i][0].get() + scores[i][1].get(), _minus_infinity(f))
-            seen = (lanes <= now).where(seen, _minus_infinity(f))
-            before = greatest[i].get()
-            after = f.maximum(f.largest(seen), before)
-            greatest[i].set(after)
-            weight = exp2(f, seen - after.spread())
-            decay = exp2(f, (before - after).spread())
-            sums[i].set(f.fma(sums[i].get(), decay, weight))
-            for output in outputs[i]:
-                output.set(output.get() * decay)
+            recent = (lanes > since).where(scores[i][0].get() + scores[i][1].get(), _minus_infinity(f))
+            seen.append((lanes <= now).where(recent, _minus_infinity(f)))
+            before[i].set(greatest[i].get())
+            greatest[i].set(f.maximum(f.largest(seen[i]), before[i].get()))
+            rises = (greatest[i].get() > before[i].get()).where(f.constant(1, I64), rises)
+        with f.when(rises > 0):  # else all of this is multiplied by 1
+            for i in range(count):
+                decay = exp2(f, (before[i].get() - greatest[i].get()).spread())
+                for each in (sums[i], *outputs[i]):
+                    each.set(each.get() * decay)
+        for i in range(count):
+            weight = exp2(f, seen[i] - greatest[i].get().spread())
+            sums[i].set(sums[i].get() + weight)
             weights.at(4 * LANES * i).store(weight)
         tokens = f.minimum(positions[-1] + 1 - token, LANES)  # past them pages hold anything, NaN too
         with f.loop(0, tokens) as t:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -88,11 +89,14 @@ class NativeDecoder:
     def __init__(self, architecture: Architecture, weights: Weights, team: Team) -> None:
         self._a = a = architecture
         self._team = team
-        self._head = PackedMatrix(weights, [head_of(a)], a.vocab_size, a.hidden)
+        makers: list[Callable[[], Any]] = [partial(PackedMatrix, weights, [head_of(a)], a.vocab_size, a.hidden)]
+        makers += [partial(_Layer, a, index, weights) for index in range(len(a.layers))]
+        self._head: PackedMatrix
+        self._layers: list[_Layer]
+        self._head, *self._layers = team.map(lambda make: make(), makers)  # the head first: it takes longest
         self._embedding: PackedEmbedding | FileEmbedding = (
             PackedEmbedding(self._head) if shares_embedding(a, weights) else FileEmbedding(weights[EMBEDDING])
         )
-        self._layers = team.map(lambda index: _Layer(a, index, weights), range(len(a.layers)))
         self._norm = _vector(weights, ["output_norm.weight"], a.hidden)
         self.nbytes = (
             self._embedding.nbytes + self._head.nbytes + self._norm.nbytes + sum(layer.nbytes for layer in self._layers)

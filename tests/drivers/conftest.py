@@ -117,7 +117,9 @@ class Bench:
             row += len(tokens)
         with torch.inference_mode():
             hidden = self.decoder.forward([t for tokens, _, _ in sequences for t in tokens], stretches, self.pool)
-            logits = torch.cat([scores.logits.clone() for scores in self.decoder.scores(hidden, list(range(len(hidden)))[-last:])])
+            logits = torch.cat(
+                [scores.logits.clone() for scores in self.decoder.scores(hidden, list(range(len(hidden)))[-last:])]
+            )
         if last:
             return [logits]
         return [logits[s.row : s.row + s.length] for s in stretches]
