@@ -104,18 +104,24 @@ class Loop:
         return events
 
     def perform(self, actions: list[ev.Action]) -> None:
+        """What the device is to do comes first: it computes while readers are told."""
+        said: list[ev.Deliver | ev.Reply] = []
         for action in actions:
             match action:
-                case ev.Deliver():
-                    self.deliver(action)
-                case ev.Reply(ticket, error):
-                    _settle(self.tickets.pop(ticket), error)
+                case ev.Deliver() | ev.Reply():
+                    said.append(action)
                 case ev.Close(image):
                     self.release(image)
                 case ev.Discard(slots):
                     self.disk.discard(slots)
                 case _:
                     self.operate(action)
+        for item in said:
+            match item:
+                case ev.Deliver():
+                    self.deliver(item)
+                case ev.Reply(ticket, error):
+                    _settle(self.tickets.pop(ticket), error)
 
     def announce(self, events: list[ev.Event]) -> None:
         """Plugins see a request before the core does, and batches that came back."""

@@ -103,14 +103,15 @@ def _write_queries(module: ir.Module, head_dim: int, group: int, count: int) -> 
             before[i].set(greatest[i].get())
             greatest[i].set(f.maximum(f.largest(seen[i]), before[i].get()))
             rises = (greatest[i].get() > before[i].get()).where(f.constant(1, I64), rises)
+        decays = [Variable(f.constant(1.0, _FLOATS)) for _ in range(count)]
         with f.when(rises > 0):  # else all of this is multiplied by 1
             for i in range(count):
-                decay = exp2(f, (before[i].get() - greatest[i].get()).spread())
-                for each in (sums[i], *outputs[i]):
-                    each.set(each.get() * decay)
+                decays[i].set(exp2(f, (before[i].get() - greatest[i].get()).spread()))
+                for output in outputs[i]:
+                    output.set(output.get() * decays[i].get())
         for i in range(count):
             weight = exp2(f, seen[i] - greatest[i].get().spread())
-            sums[i].set(sums[i].get() + weight)
+            sums[i].set(f.fma(sums[i].get(), decays[i].get(), weight))
             weights.at(4 * LANES * i).store(weight)
         tokens = f.minimum(positions[-1] + 1 - token, LANES)  # past them pages hold anything, NaN too
         with f.loop(0, tokens) as t:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from llm_os.drivers.formats.architecture import Architecture, Rope
 from llm_os.drivers.formats.weights import Weights
@@ -27,7 +26,7 @@ from llm_os.drivers.native.kernels import Sizes, load_kernels
 from llm_os.drivers.native.machine import LANES
 from llm_os.drivers.native.matrix import ROWS
 from llm_os.drivers.native.packed import Floats, PackedEmbedding, PackedMatrix, head_of, shares_embedding
-from llm_os.drivers.native.program import FIELDS, counters_of
+from llm_os.drivers.native.program import Program
 from llm_os.drivers.native.threads import Team
 from llm_os.drivers.torch.attention import Stretch
 from llm_os.drivers.torch.decoder import layer_matrices
@@ -119,21 +118,31 @@ class NativeDecoder:
         self._rows = 0  # that buffers have room for
         self._base = 0
 
-    def forward(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Tensor:
-        """Feed `tokens`, the rows of all `stretches` in order; returns [n, hidden] before the last norm.
+    def scores(self, tokens: list[int], stretches: list[Stretch], pool: KvPool, rows: list[int]) -> Iterator[Scores]:
+        """Feed `tokens`, the rows of all `stretches` in order, and write their keys and values to `pool`.
 
-        Writes their keys and values to `pool`. What it returns may be overwritten by the next call.
-        """
-        if len(tokens) <= MAX_ROWS:
-            return torch.from_numpy(self._feed(tokens, stretches, pool))
-        parts = []
+        Yields the scores over the vocabulary of `rows`, which ascend, up to HEAD_ROWS at a time. Each is overwritten by
+        the next."""
         for start in range(0, len(tokens), MAX_ROWS):
             stop = min(len(tokens), start + MAX_ROWS)
             part = [cut for stretch in stretches if (cut := _cut(stretch, start, stop)) is not None]
-            parts.append(self._feed(tokens[start:stop], part, pool).copy())
-        return torch.from_numpy(np.concatenate(parts))
+            self._feed(tokens[start:stop], part, pool)
+            wanted = [row - start for row in rows if start <= row < stop]
+            programs = [self._body]
+            for first in range(0, len(wanted), HEAD_ROWS):
+                some = wanted[first : first + HEAD_ROWS]
+                self._wanted[: len(some)] = some
+                self._state_head[0] = len(some)
+                self._perform([*programs, self._end])
+                programs = []
+                best, finite = self._best[: len(some)].T.tolist()
+                logits = torch.from_numpy(self._logits[: len(some), : self._a.vocab_size])
+                yield Scores(logits, best, list(map(bool, finite)))
+            if programs:
+                self._perform(programs)
 
-    def _feed(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Floats:
+    def _feed(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> None:
+        """Get rows and their state ready."""
         count = len(tokens)
         if count > self._rows or pool.address != self._base:
             self._prepare(max(count, self._rows), pool)
@@ -141,27 +150,13 @@ class NativeDecoder:
         if self._a.embedding_scale != 1:
             self._x[:count] *= np.float32(self._a.embedding_scale)
         self._place(stretches, pool, count)
-        self._perform(self._program, self._state)
-        return self._x[:count]
 
-    def scores(self, hidden: Tensor, rows: list[int]) -> Iterator[Scores]:
-        """Over the vocabulary, for these rows of `forward`'s result, up to HEAD_ROWS at a time. Each is overwritten by
-        the next."""
-        every = hidden.numpy()  # torch would wake threads of its own to gather rows, which then wait, spinning
-        for start in range(0, len(rows), HEAD_ROWS):
-            part = rows[start : start + HEAD_ROWS]
-            count = len(part)
-            np.take(every, part, axis=0, out=self._x_head[:count], mode="clip")  # unlike "raise", it makes no copy
-            self._state_head[0] = count
-            self._perform(self._program_head, self._state_head)
-            best, finite = self._best[:count].T.tolist()
-            logits = torch.from_numpy(self._logits[:count, : self._a.vocab_size])
-            yield Scores(logits, best, list(map(bool, finite)))
-
-    def _perform(self, program: NDArray[np.int64], state: NDArray[np.int64]) -> None:
-        self._counters[: len(program)] = 0
-        first, counters, now = map(_address, (program, self._counters, state))
-        self._team.run(self._kernels.run, first, len(program), counters, now, self._team.count)
+    def _perform(self, programs: list[Program]) -> None:
+        """One call of native code."""
+        for program in programs:
+            program.counters[:] = 0
+        records = np.array([program.record for program in programs], np.int64)
+        self._team.run(self._kernels.run, _address(records), len(records), self._team.count)
 
     def _place(self, stretches: list[Stretch], pool: KvPool, count: int) -> None:
         """Write down where every row's keys and values go, and who attends to what."""
@@ -206,25 +201,20 @@ class NativeDecoder:
         self._integers = np.zeros(rows * widest, np.int8), np.zeros((rows * widest // GROUP, 3), np.float32)
         self._angle_rows = {rope: np.zeros((rows, rope.dim), np.float32) for rope in self._angles}
         self._state, self._state_head = np.zeros(8, np.int64), np.zeros(8, np.int64)
-        self._program = _records([op for layer in self._layers for op in self._layer_program(layer, pool)])
-        self._best = np.zeros((HEAD_ROWS, 2), np.int64)
-        width = self._logits.shape[1]
-        self._program_head = _records(
-            [
-                self._normed(self._x_head, self._norm),
-                *self._product(self._head, self._logits),
-                [
-                    self._codes["best"],
-                    1,
-                    1,
-                    *map(_address, (self._best, self._nothing, self._logits)),
-                    0,
-                    width,
-                    a.vocab_size,
-                ],
-            ]
-        )
-        self._counters = counters_of(len(self._program), self._team.count)
+        self._wanted, self._best = np.zeros(HEAD_ROWS, np.int64), np.zeros((HEAD_ROWS, 2), np.int64)
+        self._state_head[6] = _address(self._wanted)
+        threads = self._team.count
+        operations = [op for layer in self._layers for op in self._layer_program(layer, pool)]
+        self._body = Program(operations, self._state, threads)
+        self._end = Program([*self._head_program()], self._state_head, threads)
+
+    def _head_program(self) -> Iterator[list[int]]:
+        groups = self._a.hidden // GROUP
+        yield [self._codes["gather"], 1, 1, _address(self._x_head), 0, _address(self._x), 0, groups]
+        yield self._normed(self._x_head, self._norm)
+        yield from self._product(self._head, self._logits)
+        places = map(_address, (self._best, self._nothing, self._logits))
+        yield [self._codes["best"], 1, 1, *places, 0, self._logits.shape[1], self._a.vocab_size]
 
     def _layer_program(self, layer: _Layer, pool: KvPool) -> Iterator[list[int]]:
         a, vectors, matrices = self._a, layer.vectors, layer.matrices
@@ -292,6 +282,8 @@ def _cut(stretch: Stretch, start: int, stop: int) -> Stretch | None:
     low, high = max(start, stretch.row), min(stop, stretch.row + stretch.length)
     if low >= high:
         return None
+    if start == 0 and high - low == stretch.length:
+        return stretch
     return Stretch(low - start, high - low, stretch.position + low - stretch.row, stretch.layout)
 
 
@@ -318,10 +310,3 @@ def _address(array: Any) -> int:
 
 def _bits(number: float) -> int:
     return int.from_bytes(struct.pack("<f", number), "little")
-
-
-def _records(operations: list[list[int]]) -> NDArray[np.int64]:
-    records = np.zeros((len(operations), FIELDS), np.int64)
-    for record, operation in zip(records, operations, strict=True):
-        record[: len(operation)] = operation
-    return records

@@ -63,5 +63,4 @@ def _forward(a: Architecture, batch_tokens: int) -> int:
     floats = 4 * a.hidden + (a.heads + 2 * a.kv_heads) * a.head_dim + inner + 2 * a.intermediate + 3 * a.head_dim
     integers = widest + 12 * widest // GROUP
     vocab = -(-a.vocab_size // LANES) * LANES
-    hidden = 2 * 4 * batch_tokens * a.hidden  # where all rows are gathered
-    return hidden + rows * (4 * floats + integers + 64) + HEAD_ROWS * 4 * (vocab + a.hidden) + 8 * 8 * a.vocab_size
+    return rows * (4 * floats + integers + 64) + HEAD_ROWS * 4 * (vocab + a.hidden) + 8 * 8 * a.vocab_size

@@ -30,6 +30,7 @@ from llm_os.drivers.native.program import write_run
 from llm_os.drivers.native.rows import (
     write_best,
     write_gate,
+    write_gather,
     write_norm,
     write_norm_added,
     write_rotation,
@@ -63,7 +64,7 @@ class Kernels:
             data = _compile(sizes, processor)
             _keep(file, data)
         self._code = processor.link(data)  # as long as `run` may be called
-        self.run: Any = self._code.function("run", c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64)
+        self.run: Any = self._code.function("run", c_void_p, c_int64, c_int64, c_int64)
         self.codes = {name: code for code, name in enumerate(_writers(sizes, processor))}
 
 
@@ -87,6 +88,7 @@ def _writers(sizes: Sizes, processor: Processor) -> dict[str, Callable[[ir.Modul
         "norm": write_norm,
         "norm_added": write_norm_added,
         "rounding": write_rounding,
+        "gather": write_gather,
         "best": write_best,
         "gate": partial(write_gate, activation=sizes.activation),
     }

@@ -21,7 +21,7 @@ from llm_os.drivers.native.machine import F32, I64, LANES, PTR, Function, Value,
 from llm_os.drivers.native.processor import Processor
 from llm_os.drivers.native.tiles import begin_tiles, end_tiles, write_tiles
 
-_FEW = (8, 4, 2, 1)  # activation rows that share one reading of a block
+_FEW = (16, *range(8, 0, -1))  # activation rows that share one reading of a block
 _MANY = 48  # from which on it is quicker to multiply matrices, where the processor can
 ROWS = 64  # activation rows of one item of work
 _FLOATS = vector(F32)

@@ -21,6 +21,7 @@ from llm_os.drivers.native.machine import I64, PTR, Function, Value, Variable
 FIELDS = 16
 _APART = 64  # bytes from one counter to the next: processors share memory by lines of so many
 _SPINS = 4000  # looks at a counter before the processor is offered to others
+PROGRAM = (PTR, I64, PTR, PTR)  # where operations are, how many, where their counters are, and their state
 ROWS, TILES = 0, 1  # state fields; further ones are in `rows` and `attention`
 
 
@@ -29,10 +30,34 @@ def counters_of(operations: int, threads: int) -> NDArray[np.int64]:
     return np.zeros((operations, 1 + threads, _APART // 8), np.int64)
 
 
+class Program:
+    """Operations, with their counters and the state that they share."""
+
+    def __init__(self, operations: Sequence[Sequence[int]], state: NDArray[np.int64], threads: int) -> None:
+        """`operations` are records, filled up with zeros."""
+        self._operations = np.zeros((len(operations), FIELDS), np.int64)
+        for record, operation in zip(self._operations, operations, strict=True):
+            record[: len(operation)] = operation
+        self._state = state
+        self.counters = counters_of(len(operations), threads)
+        place, counters, now = (array.ctypes.data for array in (self._operations, self.counters, state))
+        self.record = (place, len(operations), counters, now)  # as PROGRAM has it
+
+
 def write_run(module: ir.Module, operations: Sequence[Function]) -> None:
-    """`run(program, operations, counters, state, threads, thread)`: operation i has code i of `operations`. `counters`
-    are `counters_of`, zeros."""
-    f = Function(module, "run", [PTR, I64, PTR, PTR, I64, I64], inner=False)
+    """`run(programs, count, threads, thread)`, one after another. `programs` are the `record`s of that many `Program`s.
+    Operation i has code i of `operations`."""
+    one = _write_program(module, operations)
+    f = Function(module, "run", [PTR, I64, I64, I64], inner=False)
+    programs, count, threads, thread = f.arguments
+    with f.loop(0, count) as index:
+        place = programs.at(index, 8 * len(PROGRAM))
+        f.call(one.raw, *(place.field(i, kind) for i, kind in enumerate(PROGRAM)), threads, thread)
+    f.end()
+
+
+def _write_program(module: ir.Module, operations: Sequence[Function]) -> Function:
+    f = Function(module, "program", [*PROGRAM, I64, I64])
     program, count, counters, state, threads, thread = f.arguments
     with f.loop(0, count) as index:
         op = program.at(index, 8 * FIELDS)
@@ -55,6 +80,7 @@ def write_run(module: ir.Module, operations: Sequence[Function]) -> None:
                 _add(f, done, 1)
         _await(f, done, total)
     f.end()
+    return f
 
 
 def _dispatch(f: Function, operations: Sequence[Function], op: Value, item: Value, state: Value) -> None:

@@ -135,6 +135,19 @@ def write_norm_added(module: ir.Module) -> Function:
     return f
 
 
+def write_gather(module: ir.Module) -> Function:
+    """Some rows of all, one after another. Fields: target rows, -, rows, -, groups. State: 6 the rows' numbers."""
+    f = Function(module, "gather", [PTR, I64, PTR])
+    op, item, state = f.arguments
+    groups = op.field(7, I64)
+    target = op.field(3, PTR).at(item * groups, 4 * GROUP)
+    row = op.field(5, PTR).at(state.field(6, PTR).at(item, 8).load(I64) * groups, 4 * GROUP)
+    with f.loop(0, groups * GROUP, LANES) as i:
+        target.at(i, 4).store(row.at(i, 4).load(_FLOATS))
+    f.end()
+    return f
+
+
 def write_best(module: ir.Module) -> Function:
     """The greatest of a row, the first of equals, and whether all are finite. Fields: best (two 64-bit numbers for each
     row), -, rows, -, floats of a row, how many count."""

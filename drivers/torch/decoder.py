@@ -111,9 +111,9 @@ class Decoder:
             x = layer.forward(x, rotations[layer.rope], plans[layer.window], pool, (frames, offsets))
         return rms_norm(x, self._norm, self._architecture.norm_eps)
 
-    def scores(self, hidden: Tensor, rows: list[int]) -> Iterator[Scores]:
-        """Over the vocabulary, for these rows of `forward`'s result, up to a tile at a time."""
-        tile = self._format.tile
+    def scores(self, tokens: list[int], stretches: list[Stretch], pool: KvPool, rows: list[int]) -> Iterator[Scores]:
+        """Feed `tokens`, as `forward` does. Yields the scores over the vocabulary of `rows`, up to a tile at a time."""
+        hidden, tile = self.forward(tokens, stretches, pool), self._format.tile
         for start in range(0, len(rows), tile):
             yield scores_of(self._head(hidden[torch.tensor(rows[start : start + tile], device=hidden.device)]))
 

@@ -238,10 +238,9 @@ class TorchDriver:
         stretches = _lay_out(batch.sequences, resident)
         self._arena.claim(batch.model, set[int]().union(*(s.layout.frames(s.position, s.end) for s in stretches)))
         tokens = [token for sequence in batch.sequences for token in sequence.fed]
-        hidden = resident.decoder.forward(tokens, stretches, resident.pool)
         wishes: list[Sample] = []
         guesses: list[int | None] = []  # what the row was fed, if it was fed a guess
-        places: list[int] = []  # its row of `hidden`
+        places: list[int] = []  # its row of all
         owners: list[int] = []
         for index, (sequence, stretch) in enumerate(zip(batch.sequences, stretches, strict=True)):
             if sequence.sample is not None:
@@ -251,7 +250,7 @@ class TorchDriver:
                 places += range(stretch.row + stretch.length - count, stretch.row + stretch.length)
                 owners += [index] * count
         chosen: list[Row] = []
-        for scores in resident.decoder.scores(hidden, places):
+        for scores in resident.decoder.scores(tokens, stretches, resident.pool, places):
             part = slice(len(chosen), len(chosen) + len(scores.logits))
             chosen += sample(scores, wishes[part], guesses[part], chosen[-1] if chosen else None)
         rows: list[list[Row]] = [[] for _ in batch.sequences]

@@ -116,10 +116,10 @@ class Bench:
             stretches.append(Stretch(row, len(tokens), position, layout))
             row += len(tokens)
         with torch.inference_mode():
-            hidden = self.decoder.forward([t for tokens, _, _ in sequences for t in tokens], stretches, self.pool)
-            logits = torch.cat(
-                [scores.logits.clone() for scores in self.decoder.scores(hidden, list(range(len(hidden)))[-last:])]
-            )
+            fed = [token for tokens, _, _ in sequences for token in tokens]
+            wanted = list(range(len(fed)))[-last:]
+            scores = self.decoder.scores(fed, stretches, self.pool, wanted)
+            logits = torch.cat([each.logits.clone() for each in scores])
         if last:
             return [logits]
         return [logits[s.row : s.row + s.length] for s in stretches]

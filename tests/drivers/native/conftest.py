@@ -18,7 +18,7 @@ from llm_os.drivers.native.kernels import Kernels, Sizes
 from llm_os.drivers.native.matrix import ROWS
 from llm_os.drivers.native.packed import PackedMatrix
 from llm_os.drivers.native.processor import Processor, can_compile
-from llm_os.drivers.native.program import FIELDS, counters_of
+from llm_os.drivers.native.program import Program
 from llm_os.drivers.native.threads import Team
 
 if not can_compile():
@@ -88,14 +88,11 @@ class Workbench:
     def run(self, *operations: list[int], rows: int = 1, state: tuple[int, ...] = (), threads: int = 1) -> None:
         """Perform `operations`, each [code or name, items, rows of an item, fields ...], for `rows` rows; `state` is
         what follows the number of rows."""
-        program = np.zeros((len(operations), FIELDS), np.int64)
-        for record, (name, *fields) in zip(program, operations, strict=True):
-            record[: len(fields) + 1] = [self.kernels.codes[name], *fields]
-        counters = counters_of(len(operations), threads)
         now = np.zeros(8, np.int64)
         now[: len(state) + 1] = (rows, *state)
-        addresses = (program.ctypes.data, len(program), counters.ctypes.data, now.ctypes.data, threads)
-        _team(threads).run(self.kernels.run, *addresses)
+        program = Program([[self.kernels.codes[name], *fields] for name, *fields in operations], now, threads)
+        record = np.array([program.record], np.int64)
+        _team(threads).run(self.kernels.run, record.ctypes.data, 1, threads)
 
     def rounded(self, x: np.ndarray) -> Integers:
         """Rows of float32 as integers."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llm_os.drivers.native.matrix import ROWS as TOGETHER
-from llm_os.drivers.native.program import FIELDS, counters_of
+from llm_os.drivers.native.program import Program
 from llm_os.drivers.native.threads import Team
 
 ROWS, WIDTH, STEPS = 37, 128, 40
@@ -51,19 +51,19 @@ class Work:
             ],
             [number["norm_added"], 1, 1, x, 0, y, weight, groups, 0x3727C5AC],
         ]
-        self._program = np.zeros((3 * STEPS, FIELDS), np.int64)
-        for i, record in enumerate(self._program):
-            record[: len(step[i % 3])] = step[i % 3]
+        self._operations = step * STEPS
         self._state = np.array([ROWS, 0, 0, 0, 0, 0, 0, 0], np.int64)
         self._start = self._x.copy()
 
     def begin(self, threads: int) -> tuple[Any, ...]:
-        """Fresh rows and counters for so many threads; `run` and its arguments but the last, a thread's number."""
+        """Fresh rows and counters for so many threads; `run` and its arguments but the last, a thread's number. Two
+        programs, one after the other."""
         self._x[:] = self._start
-        self._counters = counters_of(len(self._program), threads)
-        parts = (self._program, self._counters, self._state)
-        program, counters, state = (each.ctypes.data for each in parts)
-        return self._kernels.run, program, len(self._program), counters, state, threads
+        half = len(self._operations) // 2
+        parts = self._operations[:half], self._operations[half:]
+        self._programs = [Program(part, self._state, threads) for part in parts]
+        self._records = np.array([program.record for program in self._programs], np.int64)
+        return self._kernels.run, self._records.ctypes.data, len(self._records), threads
 
     def result(self) -> bytes:
         return self._x.tobytes()
