@@ -17,6 +17,7 @@ import pytest
 
 import llm_os
 from llm_os.drivers.sim import SimDriver
+from llm_os.kernel.loop import Loop
 
 CONFIG = llm_os.Config(driver="sim", memory="128MiB", frame_size="64KiB")
 
@@ -211,6 +212,30 @@ def test_a_call_with_a_wrong_type_is_refused_at_the_door(kernel: llm_os.Kernel) 
             refused()
     odd = llm_os.Request(model="sim:a", prompt="x", tenant="\ud800", sampling=llm_os.Sampling(max_tokens=2))
     assert len(kernel.stream(odd).result().token_ids) == 2
+
+
+def test_the_device_is_told_what_to_do_before_readers_are_told_what_came(
+    kernel: llm_os.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[list[str]] = []
+
+    def noted(name: str) -> Any:
+        method = getattr(Loop, name)
+
+        def call(self: Loop, given: Any) -> Any:
+            if name == "perform":
+                turns.append([])
+            turns[-1].append(name)
+            return method(self, given)
+
+        return call
+
+    for name in ("perform", "operate", "deliver"):
+        monkeypatch.setattr(Loop, name, noted(name))
+    assert len(kernel.stream(ask(max_tokens=9)).result().token_ids) == 9
+    both = [turn[1:] for turn in turns if {"operate", "deliver"} <= set(turn)]
+    assert len(both) >= 8
+    assert all(turn == sorted(turn, reverse=True) for turn in both)
 
 
 def test_a_fork_continues_from_its_parent(kernel: llm_os.Kernel) -> None:
