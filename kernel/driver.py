@@ -77,8 +77,8 @@ class Mask(Protocol):
     def bits(self) -> bytes:
         """Bit i % 8 of byte i // 8 is token i, for all tokens of the vocabulary at least, and one of them is set.
 
-        Waits until it is there, so ask for it after the forward pass; the same every time. Raises an Error where the
-        plugin fails or takes too long: the row's answer is then `RowError(str(error), error)`, the other rows stand.
+        Waits until it is there, so ask for it after the row's forward pass; the same every time. Raises an Error where
+        the plugin fails or takes too long: then the row's answer is `RowError(str(error), error)`, other rows stand.
         """
         ...
 

@@ -69,7 +69,7 @@ def _write_queries(module: ir.Module, head_dim: int, group: int, count: int) -> 
     places = [queries.at(rows[i] * query_width + heads[i] * head_dim, 4) for i in range(count)]
     positions = [position + row for row in rows]
     vectors = range(head_dim // LANES)
-    greatest, before = ([Variable(f.constant(_LOWEST, F32)) for _ in range(count)] for _ in range(2))
+    greatest = [Variable(f.constant(_LOWEST, F32)) for _ in range(count)]
     sums = [Variable(f.constant(0.0, _FLOATS)) for _ in range(count)]
     outputs = [[Variable(f.constant(0.0, _FLOATS)) for _ in vectors] for _ in range(count)]
     weights = f.local(4 * LANES * count)
@@ -92,7 +92,7 @@ def _write_queries(module: ir.Module, head_dim: int, group: int, count: int) -> 
                     score = scores[i][step % 2]
                     score.set(f.fma(query, key, score.get()))
         lanes = token.to(I32).spread() + f.lanes()
-        seen, rises = [], f.constant(0, I64)
+        seen, rises, before = [], f.constant(0, I64), [each.get() for each in greatest]
         for i in range(count):
             now, since = (
                 f.maximum(limit, f.constant(-1, I64)).to(I32).spread()
@@ -100,13 +100,12 @@ def _write_queries(module: ir.Module, head_dim: int, group: int, count: int) -> 
             )
             recent = (lanes > since).where(scores[i][0].get() + scores[i][1].get(), _minus_infinity(f))
             seen.append((lanes <= now).where(recent, _minus_infinity(f)))
-            before[i].set(greatest[i].get())
-            greatest[i].set(f.maximum(f.largest(seen[i]), before[i].get()))
-            rises = (greatest[i].get() > before[i].get()).where(f.constant(1, I64), rises)
+            greatest[i].set(f.maximum(f.largest(seen[i]), before[i]))
+            rises = (greatest[i].get() > before[i]).where(f.constant(1, I64), rises)
         decays = [Variable(f.constant(1.0, _FLOATS)) for _ in range(count)]
         with f.when(rises > 0):  # else all of this is multiplied by 1
             for i in range(count):
-                decays[i].set(exp2(f, (before[i].get() - greatest[i].get()).spread()))
+                decays[i].set(exp2(f, (before[i] - greatest[i].get()).spread()))
                 for output in outputs[i]:
                     output.set(output.get() * decays[i].get())
         for i in range(count):

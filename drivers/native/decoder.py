@@ -121,8 +121,8 @@ class NativeDecoder:
     def scores(self, tokens: list[int], stretches: list[Stretch], pool: KvPool, rows: list[int]) -> Iterator[Scores]:
         """Feed `tokens`, the rows of all `stretches` in order, and write their keys and values to `pool`.
 
-        Yields the scores over the vocabulary of `rows`, which ascend, up to HEAD_ROWS at a time. Each is overwritten by
-        the next."""
+        Yields the scores over the vocabulary of `rows`, which ascend, up to HEAD_ROWS at a time, in the place of those
+        before. Rows are fed as far as scores are asked for."""
         for start in range(0, len(tokens), MAX_ROWS):
             stop = min(len(tokens), start + MAX_ROWS)
             part = [cut for stretch in stretches if (cut := _cut(stretch, start, stop)) is not None]

@@ -12,22 +12,26 @@ from llm_os.drivers.native.decoder import HEAD_ROWS, MAX_ROWS
 from llm_os.drivers.native.groups import GROUP
 from llm_os.drivers.native.machine import LANES
 from llm_os.drivers.native.packed import PART_VALUES, head_of, kind_of, packed_bytes, shares_embedding
+from llm_os.drivers.native.program import program_bytes
 from llm_os.drivers.torch.decoder import layer_matrices
 from llm_os.drivers.torch.embedding import EMBEDDING
 from llm_os.kernel.driver import Footprint
 
+_OPERATIONS = 16  # of a layer at most: a matrix of several types takes one for each
 PAGE_TOKENS = tuple(range(LANES, 8 * LANES + 1, LANES))  # keys lie in blocks of 16 tokens
 
 
-def measure_native(a: Architecture, weights: Weights, batch_tokens: int) -> Footprint:
-    """Extents are the embedding, each layer, and the last norm with the head. Reads no matrix's contents."""
+def measure_native(a: Architecture, weights: Weights, batch_tokens: int, threads: int) -> Footprint:
+    """What it takes, with so many threads. Extents are the embedding, each layer, and the last norm with the head.
+    Reads no matrix's contents."""
     vectors = 4 * ((4 if a.post_norms else 2) * a.hidden + (2 * a.head_dim if a.qk_norm else 0))
     if a.qkv_bias:
         vectors += 4 * (a.heads + 2 * a.kv_heads) * a.head_dim
     embedding = 0 if shares_embedding(a, weights) else weights[EMBEDDING].data.nbytes
     layers = [layer_matrices(weights, index).values() for index in range(len(a.layers))]
     head = head_of(a)
-    made = max(_made(weights, name) for names in ([head], *chain(*layers)) for name in names)
+    largest = max(_made(weights, name) for name in chain(*chain(*layers)))
+    made = max(largest, _made(weights, head)) + (threads - 1) * largest
     angles = sum(4 * rope.dim * a.context_length for rope in {layer.rope for layer in a.layers})
     return Footprint(
         extents=(
@@ -36,7 +40,7 @@ def measure_native(a: Architecture, weights: Weights, batch_tokens: int) -> Foot
             _packed(weights, head) + 4 * a.hidden,
         ),
         kv_bytes_per_token=len(a.layers) * 2 * a.kv_heads * a.head_dim * 2,
-        workspace=max(_forward(a, batch_tokens) + angles, 256 * PART_VALUES + made),
+        workspace=max(_forward(a, batch_tokens, threads) + angles, max(15, threads) * 17 * PART_VALUES + made),
         page_tokens=PAGE_TOKENS,
     )
 
@@ -55,12 +59,13 @@ def _made(weights: Weights, name: str) -> int:
     return rows * held_row_bytes(kind, columns)
 
 
-def _forward(a: Architecture, batch_tokens: int) -> int:
-    """The scratch of one batch, and what the sampler has of one part of its logits."""
+def _forward(a: Architecture, batch_tokens: int, threads: int) -> int:
+    """The scratch of one batch, its programs, and what the sampler has of one part of its logits."""
     rows = min(MAX_ROWS, 1 << (max(HEAD_ROWS, batch_tokens) - 1).bit_length())
     inner = a.heads * a.head_dim
     widest = max(a.hidden, inner, a.intermediate)
     floats = 4 * a.hidden + (a.heads + 2 * a.kv_heads) * a.head_dim + inner + 2 * a.intermediate + 3 * a.head_dim
     integers = widest + 12 * widest // GROUP
     vocab = -(-a.vocab_size // LANES) * LANES
-    return rows * (4 * floats + integers + 64) + HEAD_ROWS * 4 * (vocab + a.hidden) + 8 * 8 * a.vocab_size
+    programs = (_OPERATIONS * len(a.layers) + 5) * program_bytes(threads)
+    return programs + rows * (4 * floats + integers + 64) + HEAD_ROWS * 4 * (vocab + a.hidden) + 8 * 8 * a.vocab_size

@@ -1,8 +1,8 @@
 """All operations of a program, compiled for one model's sizes, or read from where an earlier run has left them.
 
-Compiling takes a second and depends on a few numbers, so what comes of it is kept on disk, by a hash of all that it
-comes from: the sources that write the operations, the sizes, the processor and LLVM. What is read there will be run: so
-it must be the user's own file, which nobody else can write.
+Compiling takes a second or two and depends on a few numbers, so what comes of it is kept on disk, by a hash of all that
+it comes from: the sources that write the operations, the sizes, the processor and LLVM. What is read there will be run:
+so it must be the user's own file, which nobody else can write.
 """
 
 from __future__ import annotations

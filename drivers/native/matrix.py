@@ -21,7 +21,6 @@ from llm_os.drivers.native.machine import F32, I64, LANES, PTR, Function, Value,
 from llm_os.drivers.native.processor import Processor
 from llm_os.drivers.native.tiles import begin_tiles, end_tiles, write_tiles
 
-_FEW = (16, *range(8, 0, -1))  # activation rows that share one reading of a block
 _MANY = 48  # from which on it is quicker to multiply matrices, where the processor can
 ROWS = 64  # activation rows of one item of work
 _FLOATS = vector(F32)
@@ -34,8 +33,8 @@ def write_product(module: ir.Module, processor: Processor, kind: Kind) -> Functi
     `out`, bias, its bytes a block (0 where there is none).
     State: 0 rows.
     """
-    few = {rows: _write_tile(module, processor, kind, rows) for rows in _FEW}
-    many = write_tiles(module, processor, kind, ROWS) if processor.tiles else None
+    few = {rows: _write_tile(module, processor, kind, rows) for rows in _few(processor)}
+    many = write_tiles(module, processor, kind, ROWS) if processor.has_tiles else None
     f = Function(module, f"product_{kind}", [PTR, I64, PTR])
     op, item, state = f.arguments
     codes, terms, weights, out = (op.field(i, PTR) for i in range(3, 7))
@@ -81,6 +80,12 @@ def write_product(module: ir.Module, processor: Processor, kind: Kind) -> Functi
                 row_.set(row + rows_)
     f.end()
     return f
+
+
+def _few(processor: Processor) -> tuple[int, ...]:
+    """How many activation rows share one reading of a block: as many as there are registers for. Each number takes time
+    to compile."""
+    return (16, *range(8, 0, -1)) if "+avx512vnni" in processor.features else (8, 4, 2, 1)
 
 
 def _write_tile(module: ir.Module, processor: Processor, kind: Kind, rows: int) -> Function:

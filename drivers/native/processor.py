@@ -1,4 +1,4 @@
-"""What native code is compiled for, and the one instruction that differs between processors. Knows no model."""
+"""What native code is compiled for, and what differs between processors. Knows no model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import platform
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from llvmlite import binding, ir
@@ -32,12 +33,16 @@ class Processor:
         self._name = name or binding.get_host_cpu_name()
         self._machine = target.create_target_machine(cpu=self._name, features=features, opt=2, jit=True)
         self.features = frozenset((features or _FEATURES.get(name or "", "")).split(","))
-        self.tiles = "+amx-int8" in self.features and _may_use_tiles()  # whether it multiplies matrices, with AMX
+
+    @cached_property
+    def has_tiles(self) -> bool:
+        """Whether it multiplies matrices, with AMX. Asks the system for permission, which holds for the process."""
+        return "+amx-int8" in self.features and _may_use_tiles()
 
     @property
     def way(self) -> str:
         """How integers are multiplied here, for people to read."""
-        if self.tiles:
+        if self.has_tiles:
             return "AVX-512 VNNI and AMX"
         if "+avx512vnni" in self.features:
             return "AVX-512 VNNI"
@@ -69,7 +74,7 @@ class Processor:
     def identity(self) -> str:
         """Names the processor, what it can do, and who compiles for it."""
         llvm = ".".join(map(str, binding.llvm_version_info))
-        return f"{self._name} {self.tiles} {','.join(sorted(self.features))} llvm {llvm} {self._machine.triple}"
+        return f"{self._name} {self.has_tiles} {','.join(sorted(self.features))} llvm {llvm} {self._machine.triple}"
 
     def compile(self, module: ir.Module) -> bytes:
         """An object file."""

@@ -21,13 +21,13 @@ from llm_os.drivers.native.machine import I64, PTR, Function, Value, Variable
 FIELDS = 16
 _APART = 64  # bytes from one counter to the next: processors share memory by lines of so many
 _SPINS = 4000  # looks at a counter before the processor is offered to others
-PROGRAM = (PTR, I64, PTR, PTR)  # where operations are, how many, where their counters are, and their state
+_PROGRAM = (PTR, I64, PTR, PTR)  # where operations are, how many, where their counters are, and their state
 ROWS, TILES = 0, 1  # state fields; further ones are in `rows` and `attention`
 
 
-def counters_of(operations: int, threads: int) -> NDArray[np.int64]:
-    """Zeros: for each operation how many items are done, and for each thread's run how many are taken."""
-    return np.zeros((operations, 1 + threads, _APART // 8), np.int64)
+def program_bytes(threads: int) -> int:
+    """Of an operation, with its counters."""
+    return 8 * FIELDS + (1 + threads) * _APART
 
 
 class Program:
@@ -39,9 +39,10 @@ class Program:
         for record, operation in zip(self._operations, operations, strict=True):
             record[: len(operation)] = operation
         self._state = state
-        self.counters = counters_of(len(operations), threads)
+        # How many items of each operation are done, and how many of each thread's run are taken.
+        self.counters = np.zeros((len(operations), 1 + threads, _APART // 8), np.int64)
         place, counters, now = (array.ctypes.data for array in (self._operations, self.counters, state))
-        self.record = (place, len(operations), counters, now)  # as PROGRAM has it
+        self.record = (place, len(operations), counters, now)  # as _PROGRAM has it
 
 
 def write_run(module: ir.Module, operations: Sequence[Function]) -> None:
@@ -51,13 +52,13 @@ def write_run(module: ir.Module, operations: Sequence[Function]) -> None:
     f = Function(module, "run", [PTR, I64, I64, I64], inner=False)
     programs, count, threads, thread = f.arguments
     with f.loop(0, count) as index:
-        place = programs.at(index, 8 * len(PROGRAM))
-        f.call(one.raw, *(place.field(i, kind) for i, kind in enumerate(PROGRAM)), threads, thread)
+        place = programs.at(index, 8 * len(_PROGRAM))
+        f.call(one.raw, *(place.field(i, kind) for i, kind in enumerate(_PROGRAM)), threads, thread)
     f.end()
 
 
 def _write_program(module: ir.Module, operations: Sequence[Function]) -> Function:
-    f = Function(module, "program", [*PROGRAM, I64, I64])
+    f = Function(module, "program", [*_PROGRAM, I64, I64])
     program, count, counters, state, threads, thread = f.arguments
     with f.loop(0, count) as index:
         op = program.at(index, 8 * FIELDS)
@@ -74,6 +75,7 @@ def _write_program(module: ir.Module, operations: Sequence[Function]) -> Functio
             first, end = total * run // threads, total * (run + 1) // threads
             taken = done.at(run + 1, _APART)
             with f.forever() as leave_if:
+                leave_if(first + _now(f, taken) >= end)  # most often so for others' runs; adding takes the line away
                 item = first + _add(f, taken, 1)
                 leave_if(item >= end)
                 _dispatch(f, operations, op, item, state)
@@ -96,6 +98,10 @@ def _dispatch(f: Function, operations: Sequence[Function], op: Value, item: Valu
     build.position_at_end(after)
 
 
+def _now(f: Function, counter: Value) -> Value:
+    return Value(f, f.builder.load_atomic(counter.raw, "acquire", 8, typ=I64))
+
+
 def _add(f: Function, counter: Value, number: int) -> Value:
     return Value(f, f.builder.atomic_rmw("add", counter.raw, I64(number), "acq_rel"))
 
@@ -104,7 +110,7 @@ def _await(f: Function, counter: Value, number: Value) -> None:
     rest = ir.Function(f.module, ir.FunctionType(ir.IntType(32), []), "sched_yield")
     spins = Variable(f.constant(0, I64))
     with f.forever() as leave_if:
-        leave_if(Value(f, f.builder.load_atomic(counter.raw, "acquire", 8, typ=I64)) >= number)
+        leave_if(_now(f, counter) >= number)
         spins.set(spins.get() + 1)
         with f.when(spins.get() > _SPINS):
             f.builder.call(rest, [])

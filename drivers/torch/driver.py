@@ -104,8 +104,8 @@ class TorchDriver:
 
     def footprint(self, image: Image, batch_tokens: int) -> Footprint:
         contents = _contents(image)
-        if self._native(contents):
-            return measure_native(contents.hyperparameters, contents.weights, batch_tokens)
+        if self._team is not None and self._native(contents):
+            return measure_native(contents.hyperparameters, contents.weights, batch_tokens, self._team.count)
         return measure(contents.hyperparameters, contents.weights, self._format, batch_tokens, self._page_tokens)
 
     def load(self, model: str, image: Image, placement: Placement) -> Future[None]:

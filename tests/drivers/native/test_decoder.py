@@ -21,6 +21,7 @@ from llm_os.drivers.native import footprint
 from llm_os.drivers.native.decoder import NativeDecoder
 from llm_os.drivers.native.footprint import measure_native
 from llm_os.drivers.native.packed import fits
+from llm_os.drivers.native.program import Program
 from llm_os.drivers.native.threads import Team
 from llm_os.drivers.torch import linear
 from llm_os.drivers.torch.arena import Arena
@@ -245,7 +246,7 @@ def test_a_neighbour_full_of_nan_is_not_noticed(architecture, weights_of, native
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_footprint_is_what_the_decoder_holds(architecture, weights_of, native, kind):
     weights = weights_of(architecture, kind=kind)
-    claimed = measure_native(architecture, weights, 64)
+    claimed = measure_native(architecture, weights, 64, 2)
     decoder = native(architecture, weights).decoder
     arrays = [decoder._embedding, decoder._head, decoder._norm, *decoder._layers]
     assert [each.nbytes for each in decoder._layers] == list(claimed.extents[1:-1])
@@ -259,6 +260,8 @@ def bytes_of(held: Any) -> int:
     """Of all arrays in it."""
     if isinstance(held, np.ndarray):
         return held.nbytes
+    if isinstance(held, Program):
+        held = vars(held)
     if isinstance(held, dict):
         held = tuple(held.values())
     return sum(map(bytes_of, held)) if isinstance(held, tuple) else 0
@@ -270,8 +273,9 @@ def test_what_a_batch_takes_is_within_the_claim(architecture, weights_of, native
     a = structs.replace(architecture, layers=architecture.layers[-1:])
     weights = weights_of(a)
     bench = native(a, weights, 64, rows // 64)
-    claim = footprint._forward(a, rows)
-    assert measure_native(a, weights, 100 * rows).workspace > claim
+    threads = bench.decoder._team.count
+    claim = footprint._forward(a, rows, threads)
+    assert measure_native(a, weights, 100 * rows, threads).workspace > claim
     tokens = tokens_of(a, 64)
     batch = [(tokens, 0, (i,)) for i in range(rows // 64)]
     bench.feed(*batch, last=32)
@@ -288,7 +292,7 @@ def test_what_a_load_takes_besides_is_within_the_claim(weights_of, team, kind):
     a = structs.replace(LLAMA, hidden=512, intermediate=4096, vocab_size=16384, layers=LLAMA.layers[:1] * 2)
     weights = weights_of(a, kind=kind)
     assert all(weights[name].shape for name in weights.names())  # they are made, as those of a file are
-    claim = measure_native(a, weights, 16)
+    claim = measure_native(a, weights, 16, team.count)
     tracemalloc.start()
     decoder = NativeDecoder(a, weights, team)
     _, peak = tracemalloc.get_traced_memory()
@@ -348,7 +352,7 @@ def test_a_model_that_does_not_fit_is_computed_by_torch(driver, weights_of, size
 
 def test_the_driver_computes_a_model_that_fits_as_native_code(driver, weights_of, native):
     image = image_of(LLAMA, weights_of(LLAMA, kind="Q4_1"))
-    assert driver.footprint(image, 64) == measure_native(LLAMA, image.weights, 64)
+    assert driver.footprint(image, 64) == measure_native(LLAMA, image.weights, 64, driver._team.count)
     tokens = tokens_of(LLAMA, 40)
     (logits,) = native(LLAMA, image.weights).feed((tokens, 0, (1, 2, 3)))
     row = answer(driver, image, tokens)

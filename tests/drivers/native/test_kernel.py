@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import llm_os
 from llm_os.drivers.formats.image import open_image
@@ -48,7 +49,7 @@ def room(smollm2: Path) -> Callable[[int, int], int]:
 
     def count(batch_tokens: int, frames: int) -> int:
         image = open_image(smollm2)
-        cost = measure_native(image.hyperparameters, image.weights, batch_tokens)
+        cost = measure_native(image.hyperparameters, image.weights, batch_tokens, torch.get_num_threads())
         image.close()
         return sum(-(-size // FRAME) for size in (*cost.extents, cost.workspace)) * FRAME + frames * FRAME
 
