@@ -1,4 +1,4 @@
-"""A decoder as one program of native operations. Knows weights and rows; no files, no sampling.
+"""A decoder as programs of native operations. Knows weights and rows; no files, no sampling.
 
 rows of all sequences, one after another
   embedding -> { norm -> q, k, v -> rope -> pages, attention -> output -> + ; norm -> gate, up -> down -> + }

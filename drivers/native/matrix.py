@@ -71,13 +71,13 @@ def write_product(module: ir.Module, processor: Processor, kind: Kind) -> Functi
             end_tiles(f)
             done.set(start + whole)
     with f.when(done.get() < stop), blocks_of_item() as block:
-        row_ = Variable(done.get())
-        for rows_, tile in few.items():
+        next_row = Variable(done.get())
+        for count, tile in few.items():
             with f.forever() as leave_if:
-                row = row_.get()
-                leave_if(row + rows_ > stop)
+                row = next_row.get()
+                leave_if(row + count > stop)
                 multiply(tile, block, row)
-                row_.set(row + rows_)
+                next_row.set(row + count)
     f.end()
     return f
 

@@ -90,11 +90,8 @@ class Decoder:
         self._head = parts.linear([head]) if head is not None else self._embedding.head(format)
         self.nbytes = self._embedding.nbytes + sum(layer.nbytes for layer in self._layers) + parts.nbytes
 
-    def forward(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Tensor:
-        """Feed `tokens`, the rows of all `stretches` in order; returns [n, hidden] after the last norm.
-
-        Writes their keys and values to `pool`.
-        """
+    def _forward(self, tokens: list[int], stretches: list[Stretch], pool: KvPool) -> Tensor:
+        """Feed `tokens`; returns [n, hidden] after the last norm."""
         device = self._format.device
         positions = [stretch.position + i for stretch in stretches for i in range(stretch.length)]
         pairs = [pair for stretch in stretches for pair in stretch.layout.places(stretch.position, stretch.end)]
@@ -112,8 +109,10 @@ class Decoder:
         return rms_norm(x, self._norm, self._architecture.norm_eps)
 
     def scores(self, tokens: list[int], stretches: list[Stretch], pool: KvPool, rows: list[int]) -> Iterator[Scores]:
-        """Feed `tokens`, as `forward` does. Yields the scores over the vocabulary of `rows`, up to a tile at a time."""
-        hidden, tile = self.forward(tokens, stretches, pool), self._format.tile
+        """Feed `tokens`, the rows of all `stretches` in order, and write their keys and values to `pool`.
+
+        Yields the scores over the vocabulary of `rows`, up to a tile at a time."""
+        hidden, tile = self._forward(tokens, stretches, pool), self._format.tile
         for start in range(0, len(rows), tile):
             yield scores_of(self._head(hidden[torch.tensor(rows[start : start + tile], device=hidden.device)]))
 

@@ -104,8 +104,8 @@ class TorchDriver:
 
     def footprint(self, image: Image, batch_tokens: int) -> Footprint:
         contents = _contents(image)
-        if self._team is not None and self._native(contents):
-            return measure_native(contents.hyperparameters, contents.weights, batch_tokens, self._team.count)
+        if (team := self._team_for(contents)) is not None:
+            return measure_native(contents.hyperparameters, contents.weights, batch_tokens, team.count)
         return measure(contents.hyperparameters, contents.weights, self._format, batch_tokens, self._page_tokens)
 
     def load(self, model: str, image: Image, placement: Placement) -> Future[None]:
@@ -173,12 +173,12 @@ class TorchDriver:
         a = contents.hyperparameters
         kept = self._arena.holds(model)
         try:
-            native = self._native(contents)
-            dtype = torch.float16 if native else torch.float32
+            team = self._team_for(contents)
+            dtype = torch.float32 if team is None else torch.float16
             pool = self._arena.open(model, a, placement.page_tokens, placement.pages, dtype)
             with self._releasing():  # also what opening the image has left: weights come on top of it
                 self._arena.displace(placement.extents)
-            decoder = self._decoder(contents, native)
+            decoder = self._decoder(contents, team)
             leave_all(stored(contents.weights))
         except Exception as error:
             with self._releasing():
@@ -189,12 +189,13 @@ class TorchDriver:
         with self._releasing():
             self._models[model] = _Resident(a, decoder, pool)
 
-    def _native(self, contents: _Contents) -> bool:
-        return self._team is not None and fits(contents.hyperparameters)
+    def _team_for(self, contents: _Contents) -> Team | None:
+        """Who computes the model as native code; None where torch does."""
+        return self._team if fits(contents.hyperparameters) else None
 
-    def _decoder(self, contents: _Contents, native: bool) -> Decoder | NativeDecoder:
-        if native and self._team is not None:
-            return NativeDecoder(contents.hyperparameters, contents.weights, self._team)
+    def _decoder(self, contents: _Contents, team: Team | None) -> Decoder | NativeDecoder:
+        if team is not None:
+            return NativeDecoder(contents.hyperparameters, contents.weights, team)
         return Decoder(contents.hyperparameters, contents.weights, self._format)
 
     def _unload(self, model: str) -> None:

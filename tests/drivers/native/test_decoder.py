@@ -387,6 +387,13 @@ def test_the_footprint_does_not_do_the_work_of_a_pass(driver, weights_of, hold, 
     assert len(driver.footprint(image, 64).extents) == 2 + len(LLAMA.layers)
 
 
+def test_every_thread_that_packs_may_hold_a_matrix_that_a_pass_made(weights_of, hold):
+    held = hold(LLAMA, weights_of(LLAMA), "int8")
+    largest = max(held[name].data.nbytes for name in held.names() if name.startswith("blk.") and "norm" not in name)
+    one, four = (measure_native(LLAMA, held, 16, threads).workspace for threads in (1, 4))
+    assert four - one == 3 * largest
+
+
 def test_values_that_a_pass_changed_are_held_and_claimed(driver, weights_of):
     def half(tensor: Any) -> Any:
         """Every second layer, as another type than the file's."""
