@@ -203,8 +203,8 @@ def test_memory_and_threads_come_back_after_every_round(smollm2: Path, host: Cal
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_one_kernel_loads_and_unloads_within_one_percent_of_the_first_round(smollm2: Path, backend: str) -> None:
-    """Five rounds here; `tests/benchmarks/rounds.py` makes fifty, in each surrounding of a host. In a process with many
-    threads glibc keeps up to 64 MiB of an arena after one round in thirty, until the next (docs/decisions/0007)."""
+    """Five rounds here; `tests/benchmarks/rounds.py` makes fifty, in each surrounding of a host. After one round in
+    thirty of the whole suite some 40 MB stay until the next, nobody knows why (docs/decisions/0007)."""
     if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("this system does not tell how much memory a process has")
 
